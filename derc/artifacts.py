@@ -1,0 +1,233 @@
+"""What passes hand on: frozen values that are stored as JSON (scalars) and safetensors (arrays), never pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+
+import cattrs
+import numpy as np
+
+from derc.errors import IntegrityError
+from derc.ir import Graph, Value
+
+T = TypeVar("T")
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class LoweredZoo:
+    """The donors' graphs by donor name."""
+
+    graphs: dict[str, Graph]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What lies between two neighbouring cuts; costs for one image."""
+
+    params: int
+    macs: int
+    bytes: int
+    ops: int
+
+
+@dataclass(frozen=True)
+class CutDonor:
+    """`cuts[0]` is the input, `cuts[-1]` the output; `units[i]` lies between `cuts[i]` and `cuts[i + 1]`."""
+
+    cuts: tuple[Value, ...]
+    units: tuple[Unit, ...]
+
+
+@dataclass(frozen=True)
+class CutZoo:
+    donors: dict[str, CutDonor]
+
+
+@dataclass(frozen=True)
+class CutId:
+    """Cut number `cut` of a donor."""
+
+    donor: str
+    cut: int
+
+
+@dataclass(frozen=True)
+class EmbeddedZoo:
+    """Similarity of all pairs of cuts over the probe set.
+
+    `similarity[a, b]` in [0, 1] (float64) belongs to `index[a]`, `index[b]`. Every cut of every donor is in the index,
+    the input and the output too. `accuracy` is each task donor's own accuracy on the labelled probe set.
+    """
+
+    index: tuple[CutId, ...]
+    similarity: Array
+    images: int
+    estimator: str
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def position(self) -> dict[CutId, int]:
+        return {cut: row for row, cut in enumerate(self.index)}
+
+
+@dataclass(frozen=True, order=True)
+class BlockRef:
+    """Units `first` … `last - 1` of a donor: from its cut `first` to its cut `last`; a member of equivalence set `set`."""
+
+    donor: str
+    first: int
+    last: int
+    set: int
+
+    def __str__(self) -> str:
+        return f"{self.donor}[{self.first}:{self.last}]"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Each donor's blocks, in order, block k in equivalence set k; `objective` is the summed similarity."""
+
+    blocks: dict[str, tuple[BlockRef, ...]]
+    objective: float
+    bound: float | None
+    epsilon: dict[str, float]
+    """The size slack that each donor's blocks really need: the option's where it is attainable, else the least possible."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median latency with its 95% interval; `provenance` is measured, recorded or predicted."""
+
+    ms: float
+    low_ms: float
+    high_ms: float
+    provenance: str = "measured"
+    samples: int = 0
+    stable: bool = True
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Latencies on one target; keys of `blocks` are `str(BlockRef)`, of `donors` donor names (the intact network, as shipped).
+
+    Keys of `stitches` are `stitch_key(source, target)`. `noise` is the A/A control's relative difference.
+    """
+
+    target: str
+    engine: dict[str, str]
+    donors: dict[str, Latency]
+    blocks: dict[str, Latency]
+    stitches: dict[str, Latency]
+    noise: float
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Blocks in order; a stitch joins neighbours unless they are consecutive blocks of one donor."""
+
+    blocks: tuple[BlockRef, ...]
+
+    @property
+    def donors(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(block.donor for block in self.blocks))
+
+    @property
+    def intact(self) -> bool:
+        return not any(self.stitched)
+
+    @property
+    def stitched(self) -> tuple[bool, ...]:
+        """For each pair of neighbours, whether a stitch joins them."""
+        return tuple(a.donor != b.donor or a.last != b.first for a, b in zip(self.blocks, self.blocks[1:], strict=False))
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.blocks))
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What is known of one assembly: `score` in [0, 1], higher is better, and its latency measured as a whole."""
+
+    assembly: Assembly
+    score: float | None = None
+    latency: Latency | None = None
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Everything learnt so far, which `select` refits its costs and latencies to."""
+
+    evaluated: tuple[Evaluated, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One solution of the selection program; `predicted` holds latency_ms (None without a table), params, macs, memory_mb."""
+
+    assembly: Assembly
+    objective: float
+    predicted: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Diverse solutions, best first; `bound` and `gap` belong to the first one's solve."""
+
+    candidates: tuple[Candidate, ...]
+    solver: str
+    status: str
+    objective: float
+    bound: float
+    gap: float
+
+
+@cache
+def _converter() -> cattrs.Converter:
+    return cattrs.Converter(forbid_extra_keys=True)
+
+
+def encode(artifact: Any) -> tuple[str, dict[str, Array]]:
+    """Split an artifact into canonical JSON text and named arrays, which the JSON refers to."""
+    arrays: dict[str, Array] = {}
+    converter = _converter().copy()
+
+    def keep(array: Array) -> dict[str, str]:
+        name = f"array{len(arrays)}"
+        arrays[name] = np.ascontiguousarray(array)
+        return {"$array": name}
+
+    converter.register_unstructure_hook_func(lambda t: t is Array or getattr(t, "__origin__", t) is np.ndarray, keep)
+    tree = converter.unstructure(artifact)
+    return json.dumps(tree, sort_keys=True, separators=(",", ":")), arrays
+
+
+def decode(kind: type[T], text: str, arrays: Mapping[str, Array]) -> T:
+    """Inverse of `encode`; raises IntegrityError where the text is not an artifact of `kind`."""
+    converter = _converter().copy()
+    converter.register_structure_hook_func(
+        lambda t: getattr(t, "__origin__", t) is np.ndarray, lambda tree, _: arrays[tree["$array"]]
+    )
+    try:
+        return converter.structure(json.loads(text), kind)
+    except (ValueError, KeyError, TypeError, cattrs.BaseValidationError) as error:
+        raise IntegrityError(f"not a stored {kind.__name__}: {error}") from error
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of artifacts, dataclasses, JSON values or bytes, in order; equal values have equal digests."""
+    state = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, bytes):
+            state.update(b"bytes" + hashlib.sha256(part).digest())
+            continue
+        text, arrays = encode(part)
+        state.update(b"json" + hashlib.sha256(text.encode()).digest())
+        for name, array in arrays.items():
+            state.update(f"{name}{array.dtype}{array.shape}".encode() + hashlib.sha256(array.tobytes()).digest())
+    return state.hexdigest()

@@ -1,0 +1,51 @@
+"""What an engine is: a runtime that builds a deployable artifact from ONNX, runs it and says where it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from derc.artifacts import Array
+
+
+class Session(Protocol):
+    """A loaded engine, ready to run; its buffers stay allocated, so `run` is what a server would pay per call."""
+
+    def run(self, images: Array) -> Array:
+        """Output for float32 `images` (N, C, H, W); N is the batch size that the engine was built for."""
+
+    def time(self) -> float:
+        """Seconds of one run on the session's own resident input."""
+
+    def placement(self) -> dict[str, int]:
+        """Number of nodes by execution provider: what really runs where."""
+
+    def close(self) -> None:
+        """Release threads and memory."""
+
+
+class Engine(Protocol):
+    """A runtime on this machine."""
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    """File name ending of what `build` writes, such as ``.onnx``."""
+
+    def describe(self) -> dict[str, str]:
+        """Everything about runtime and device that can change a latency: versions, provider, device, threads."""
+
+    def build(self, model: bytes, path: Path) -> None:
+        """Optimise the ONNX `model` for this device and write the engine to `path` atomically."""
+
+    def load(self, path: Path) -> Session:
+        """Load what `build` wrote."""
+
+    def open(self, model: bytes) -> Session:
+        """Build in memory and load, for measuring a block without keeping its engine."""
+
+
+def random_input(shape: tuple[int, ...], seed: int = 0) -> Array:
+    """Standard normal float32 input of `shape`, batch axis included."""
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)

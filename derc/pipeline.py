@@ -1,0 +1,103 @@
+"""A pass is a frozen dataclass whose fields are its options; `execute` runs one through the store."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from derc.artifacts import digest
+from derc.console import Console
+from derc.engine import Engine
+from derc.milp import Solver
+
+if TYPE_CHECKING:
+    from derc.data import Data
+    from derc.lowered import Lowered
+    from derc.store import Store
+    from derc.target import Target
+    from derc.zoo import Zoo
+
+Out = TypeVar("Out", covariant=True)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass gets besides its input artifacts: the live things, handed in and never global.
+
+    `lowered` gives the live, traced donors by name; it is filled lazily by the top level.
+    """
+
+    zoo: Zoo
+    data: Data
+    target: Target
+    store: Store
+    engine: Engine
+    solver: Solver
+    lowered: Mapping[str, Lowered]
+    console: Console = field(default_factory=Console)
+    seed: int = 0
+
+
+class Pass(Protocol[Out]):
+    """`run` reads artifacts and returns the artifact of type `produces`; `inputs` digests the live inputs that it reads."""
+
+    name: ClassVar[str]
+    produces: ClassVar[type]
+
+    def run(self, context: Context, *artifacts: Any) -> Out: ...
+
+    def inputs(self, context: Context) -> str:
+        """Digest of what `run` reads from the context: donors' weights, images, device."""
+
+
+@dataclass
+class Timings:
+    """Seconds per pass and whether the store had the answer."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    reused: dict[str, bool] = field(default_factory=dict)
+
+    def add(self, name: str, seconds: float, reused: bool) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.reused[name] = reused and self.reused.get(name, True)
+
+
+@cache
+def code_version(module: str) -> str:
+    """SHA-256 of the source of `module` and of derc's core that passes share."""
+    import sys
+
+    core = Path(__file__).parent
+    sources = [Path(inspect.getfile(sys.modules[module])), *sorted(core.glob("*.py"))]
+    ignored = {"cli.py", "__main__.py", "console.py", "config.py", "compiler.py", "doctor.py"}
+    state = hashlib.sha256()
+    for source in sources:
+        if source.name not in ignored:
+            state.update(source.read_bytes())
+    return state.hexdigest()
+
+
+def execute(
+    step: Pass[Out], context: Context, *artifacts: Any, timings: Timings, after: Callable[[Any], None] = lambda _: None
+) -> Out:
+    """Run `step`, or take its artifact from the store where the same step ran on the same inputs before."""
+    start = time.perf_counter()
+    key = digest(
+        [step.name, code_version(type(step).__module__), step.inputs(context)], step, *[digest(a) for a in artifacts]
+    )
+    found: Out | None = context.store.get(key, step.produces)
+    if found is None:
+        context.console.say(f"{step.name} …")
+        result = step.run(context, *artifacts)
+        context.store.put(key, result, note=step.name)
+    else:
+        result = found
+    timings.add(step.name, time.perf_counter() - start, found is not None)
+    after(result)
+    return result
