@@ -1,0 +1,90 @@
+"""cut: the values that every path from input to output passes through, thinned to those with work between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import networkx as nx
+
+from derc.artifacts import CutDonor, CutZoo, LoweredZoo, Unit
+from derc.ir import Graph, Layout, Value
+from derc.pipeline import Context
+
+
+@dataclass(frozen=True)
+class CutDonors:
+    """Finds every donor's cuts; units with less than `negligible` of the donor's MACs are merged into a neighbour."""
+
+    negligible: float = 0.005
+    name: ClassVar[str] = "cut"
+    produces: ClassVar[type] = CutZoo
+
+    def inputs(self, context: Context) -> str:
+        return ""
+
+    def run(self, context: Context, lowered: LoweredZoo) -> CutZoo:
+        return CutZoo({name: find_cuts(graph, self.negligible) for name, graph in lowered.graphs.items()})
+
+
+def dominators(graph: Graph) -> list[str]:
+    """Names of the values that dominate the output, from the input to the output."""
+    tree = nx.immediate_dominators(graph.networkx(), graph.input.name)
+    chain = [graph.output]
+    while chain[-1] != graph.input.name:
+        chain.append(tree[chain[-1]])
+    return chain[::-1]
+
+
+def find_cuts(graph: Graph, negligible: float = 0.005) -> CutDonor:
+    """Cuts and units of one network; every interior cut is a float tensor of known layout with the plain batch axis."""
+    chain = dominators(graph)
+    kept = [name for name in chain[1:-1] if _stitchable(graph, name)]
+    names = [chain[0], *kept, chain[-1]]
+    units = _units(graph, names)
+    total = max(sum(unit.macs for unit in units), 1)
+    while len(units) > 1:
+        smallest = min(range(len(units)), key=lambda i: units[i].macs)
+        if units[smallest].macs >= negligible * total:
+            break
+        del names[_superfluous(graph, names, smallest)]
+        units = _units(graph, names)
+    return CutDonor(tuple(Value(name, graph.types[name]) for name in names), units)
+
+
+def _stitchable(graph: Graph, name: str) -> bool:
+    kind = graph.types[name]
+    return kind.layout is not Layout.OTHER and kind.dtype == "float32"
+
+
+def _superfluous(graph: Graph, names: list[str], unit: int) -> int:
+    """Which end of a negligible unit goes: never the input or output, else the wider, else the earlier."""
+    if unit == 0:
+        return 1
+    if unit == len(names) - 2:
+        return unit
+    before, after = graph.types[names[unit]].numel, graph.types[names[unit + 1]].numel
+    return unit if before >= after else unit + 1
+
+
+def _units(graph: Graph, names: list[str]) -> tuple[Unit, ...]:
+    """Costs between neighbouring cuts; data-independent operations count where they are first needed."""
+    ends = {name: index for index, name in enumerate(names)}
+    place: dict[str, int] = {}
+    for op in reversed(graph.ops):
+        if op.name in ends:
+            place[op.name] = ends[op.name] - 1
+        for name in op.inputs:
+            place[name] = min(place.get(name, len(names)), place[op.name])
+    units = []
+    for index in range(len(names) - 1):
+        inside = [op for op in graph.ops if place[op.name] == index]
+        units.append(
+            Unit(
+                params=sum(op.params for op in inside),
+                macs=sum(op.macs for op in inside),
+                bytes=max((op.bytes for op in inside), default=0),
+                ops=len(inside),
+            )
+        )
+    return tuple(units)
