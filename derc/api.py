@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
     from derc.lowered import Lowered
+
+
+def compile(
+    zoo: str = "digits",
+    data: str = "digits",
+    *,
+    target: str = "cpu",
+    out: str | Path = "out",
+    quiet: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Compile `zoo` into the bundle `out`; returns what `derc compile --json` prints.
+
+    `options` are those of the command line with underscores: latency_ms, params_m, macs_g, memory_mb, blocks, epsilon,
+    solver, top, evaluations, probe, seed, threads, batch, checkpoint. Environment and derc.toml are not read.
+    Raises the errors of `derc.errors`.
+    """
+    from derc.compiler import compile_bundle
+    from derc.config import resolve
+    from derc.console import Console
+    from derc.summary import command_line, result
+
+    flags = {"zoo": zoo, "data": data, "target": target, "output": str(out), **options}
+    settings = resolve(flags, {}, None)
+    return result(compile_bundle(settings, Console(quiet), command_line(settings)))
+
+
+def load(bundle: str | Path, num_classes: int | None = None) -> nn.Module:
+    """The module of a bundle in eval mode; `num_classes` gives it a fresh head.
+
+    Raises IntegrityError where the bundle is not what derc wrote.
+    """
+    from derc.bundle import load as load_bundle
+
+    return load_bundle(Path(bundle), num_classes)
 
 
 def lower(module: nn.Module, input_shape: tuple[int, int, int], *, name: str = "network") -> Lowered:

@@ -78,7 +78,7 @@ class EmbeddedZoo:
 
 @dataclass(frozen=True, order=True)
 class BlockRef:
-    """Units `first` … `last - 1` of a donor: from its cut `first` to its cut `last`; a member of equivalence set `set`."""
+    """Units of a donor from its cut `first` to its cut `last`; a member of equivalence set `set`."""
 
     donor: str
     first: int
@@ -97,7 +97,7 @@ class Partition:
     objective: float
     bound: float | None
     epsilon: dict[str, float]
-    """The size slack that each donor's blocks really need: the option's where it is attainable, else the least possible."""
+    """The size slack that each donor's blocks have: the option's where it is attainable, else the least possible."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,10 @@ class Latency:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Latencies on one target; keys of `blocks` are `str(BlockRef)`, of `donors` donor names (the intact network, as shipped).
+    """Latencies on one target.
 
-    Keys of `stitches` are `stitch_key(source, target)`. `noise` is the A/A control's relative difference.
+    Keys of `donors` are names (the intact network, as shipped), of `blocks` `str(BlockRef)`, of `stitches`
+    `stitching.key(source, target)`. `noise` is the A/A control's relative difference.
     """
 
     target: str
@@ -144,10 +145,83 @@ class Assembly:
     @property
     def stitched(self) -> tuple[bool, ...]:
         """For each pair of neighbours, whether a stitch joins them."""
-        return tuple(a.donor != b.donor or a.last != b.first for a, b in zip(self.blocks, self.blocks[1:], strict=False))
+        pairs = zip(self.blocks, self.blocks[1:], strict=False)
+        return tuple(a.donor != b.donor or a.last != b.first for a, b in pairs)
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.blocks))
+
+
+@dataclass(frozen=True)
+class StitchedAssembly:
+    """An assembly with its stitches' weights: one state dict for each stitched pair of neighbours, in order.
+
+    `residual[i]` is the share of the target activation's variance that stitch i leaves unexplained on held-back probes.
+    """
+
+    assembly: Assembly
+    states: tuple[dict[str, Array], ...]
+    residual: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What proxies say of one assembled network on the validation images.
+
+    `correct` marks the images that it answers right, or without labels (`labelled` False) as the task donors' mean
+    prediction does.
+    """
+
+    naswot: float
+    labelled: bool
+    correct: Array
+
+    @property
+    def value(self) -> float:
+        """What candidates are ranked by: accuracy, or agreement with the task donors."""
+        return float(self.correct.mean())
+
+
+@dataclass(frozen=True)
+class ScoredRound:
+    """Scores of several assemblies, in the order that they were given."""
+
+    scores: tuple[Scores, ...]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The text of model.py, its weights by state dict name, and the exported ONNX model's bytes (uint8)."""
+
+    source: str
+    weights: dict[str, Array]
+    onnx: Array
+    parity: float
+    """Largest difference between the emitted module and the assembly in memory, on probe images."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest absolute difference of outputs on probe images between the forms of one network, and what is allowed."""
+
+    module_onnx: float
+    onnx_engine: float
+    module_engine: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A built engine (its file's bytes as uint8) with what was verified and measured of it.
+
+    `noise` is the relative difference of the A/A control, `placement` the number of nodes by execution provider.
+    """
+
+    engine: Array
+    parity: Parity
+    latency: Latency
+    noise: float
+    placement: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -168,7 +242,10 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One solution of the selection program; `predicted` holds latency_ms (None without a table), params, macs, memory_mb."""
+    """One solution of the selection program.
+
+    `predicted` holds latency_ms (None without a table), params, macs and memory_mb.
+    """
 
     assembly: Assembly
     objective: float

@@ -1,13 +1,13 @@
 """One error tree; every class carries the exit code that the command line returns.
 
-    DercError                    1  a bug, or a case nobody thought of
-    ├── UsageError               2  wrong option, file, zoo or data
-    ├── InfeasibleError          3  nothing fits the budget
-    ├── ParityError              4  module, ONNX and engine disagree
-    ├── MissingDependencyError   5  a package, runtime or device is absent
-    ├── UnstableError            6  the measurement did not settle
-    ├── OverBudgetError          7  built, but slower than the budget
-    └── IntegrityError           8  a stored or shipped file is not what was written
+DercError                    1  a bug, or a case nobody thought of
+├── UsageError               2  wrong option, file, zoo or data
+├── InfeasibleError          3  nothing fits the budget
+├── ParityError              4  module, ONNX and engine disagree
+├── MissingDependencyError   5  a package, runtime or device is absent
+├── UnstableError            6  the measurement did not settle
+├── OverBudgetError          7  built, but slower than the budget
+└── IntegrityError           8  a stored or shipped file is not what was written
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ class Call:
 class Lowered:
     """A network as a typed graph over its own, live submodules.
 
-    `program` shares parameters and buffers with `module`. `calls` are the submodule calls with one tensor in and one out,
-    outermost first; a block that holds the whole of such a call runs the real submodule.
+    `program` shares parameters and buffers with `module`. `calls` are the submodule calls with one tensor in and one
+    out, outermost first; a block that holds the whole of such a call runs the real submodule.
     """
 
     module: nn.Module
@@ -110,7 +110,7 @@ class Lowered:
         return [node.name for node in self.program.graph.nodes if node.name in needed]
 
     def _foldable(self, names: Iterable[str], source: str, target: str) -> list[Call]:
-        """The outermost calls whose whole inside lies in the block and of which nothing but the result is used outside."""
+        """The outermost calls that lie in the block as a whole and of which only the result is used outside."""
         inside, taken, chosen = set(names), set[str](), list[Call]()
         for call in self.calls:
             known = call.argument in inside or call.argument == source

@@ -1,11 +1,16 @@
-"""A solver-neutral sparse integer program and the protocol of its solvers."""
+"""A solver-neutral sparse integer program, a builder for it, and the protocol of its solvers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf, isfinite
 from typing import ClassVar, Protocol
 
+import numpy as np
+
 from derc.artifacts import Array
+from derc.registry import SOLVERS, load
 
 
 @dataclass(frozen=True)
@@ -13,7 +18,7 @@ class IntegerProgram:
     """min cost·x  subject to  row_lower ≤ A x ≤ row_upper,  lower ≤ x ≤ upper,  x_i integer where `integer[i]`.
 
     A is in compressed sparse row form: row r has columns `indices[indptr[r]:indptr[r + 1]]` with the values at the same
-    places of `data`. Infinite bounds are ±inf.
+    places of `data`. Infinite bounds are ±inf. `names` belong to the columns, `row_names` to the rows.
     """
 
     cost: Array
@@ -26,11 +31,12 @@ class IntegerProgram:
     upper: Array
     integer: Array
     names: tuple[str, ...] = ()
+    row_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Solution:
-    """`status` is optimal, feasible (time limit with an incumbent), infeasible or unknown; `x` is None without an incumbent."""
+    """`status` is optimal, feasible (time limit with an incumbent), infeasible or unknown (then `x` is None)."""
 
     status: str
     x: Array | None
@@ -46,3 +52,71 @@ class Solver(Protocol):
 
     def solve(self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6) -> Solution:
         """Minimise; deterministic for equal input."""
+
+
+@dataclass
+class Builder:
+    """Collects named variables and rows; `build` gives the sparse program."""
+
+    names: list[str] = field(default_factory=list)
+    bounds: list[tuple[float, float, float, bool]] = field(default_factory=list)
+    rows: list[tuple[str, dict[int, float], float, float]] = field(default_factory=list)
+
+    def variable(
+        self, name: str, cost: float = 0.0, *, lower: float = 0.0, upper: float = 1.0, integer: bool = True
+    ) -> int:
+        """Add a variable (binary unless said otherwise) and return its column."""
+        self.names.append(name)
+        self.bounds.append((cost, lower, upper, integer))
+        return len(self.names) - 1
+
+    def row(self, name: str, terms: Mapping[int, float], *, lower: float = -inf, upper: float = inf) -> None:
+        """Add lower ≤ Σ value · x[column] ≤ upper over the (column, value) pairs of `terms`; zeros are left out."""
+        self.rows.append((name, {column: value for column, value in terms.items() if value != 0}, lower, upper))
+
+    def build(self) -> IntegerProgram:
+        """The program of everything added so far."""
+        cost, lower, upper, integer = zip(*self.bounds, strict=True) if self.bounds else ((), (), (), ())
+        lengths = [len(terms) for _, terms, _, _ in self.rows]
+        return IntegerProgram(
+            cost=np.array(cost, float),
+            indptr=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+            indices=np.array([column for _, terms, _, _ in self.rows for column in terms], np.int32),
+            data=np.array([value for _, terms, _, _ in self.rows for value in terms.values()], float),
+            row_lower=np.array([low for _, _, low, _ in self.rows], float),
+            row_upper=np.array([high for _, _, _, high in self.rows], float),
+            lower=np.array(lower, float),
+            upper=np.array(upper, float),
+            integer=np.array(integer, bool),
+            names=tuple(self.names),
+            row_names=tuple(name for name, _, _, _ in self.rows),
+        )
+
+
+def relative_gap(objective: float, bound: float) -> float:
+    """|objective − bound| / |objective|, 0 where they agree and inf where the bound is not known."""
+    if not isfinite(bound):
+        return inf
+    difference = abs(objective - bound)
+    return 0.0 if difference < 1e-12 else difference / max(abs(objective), 1e-12)
+
+
+def solution(program: IntegerProgram, status: str, x: Array | None, bound: float) -> Solution:
+    """The solver's answer with integers made exact, and the objective and gap that follow from them."""
+    if x is None:
+        return Solution(status, None, inf, bound, inf)
+    exact = np.where(program.integer, np.round(x), x)
+    objective = float(program.cost @ exact)
+    bound = min(bound, objective)
+    return Solution(status, exact, objective, bound, relative_gap(objective, bound))
+
+
+def choose(name: str) -> Solver:
+    """The solver called `name`; `auto` is Gurobi where its licence is found, else HiGHS.
+
+    Raises UsageError for an unknown name, MissingDependencyError where the solver's package is not installed.
+    """
+    if name == "auto":
+        name = "gurobi" if load(SOLVERS, "gurobi").available() else "highs"
+    solver: Solver = load(SOLVERS, name)()
+    return solver

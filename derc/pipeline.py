@@ -45,7 +45,7 @@ class Context:
 
 
 class Pass(Protocol[Out]):
-    """`run` reads artifacts and returns the artifact of type `produces`; `inputs` digests the live inputs that it reads."""
+    """`run` reads artifacts and returns one of type `produces`; `inputs` digests the live inputs that it reads."""
 
     name: ClassVar[str]
     produces: ClassVar[type]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from derc.ir import Layout, TensorType
 
 if TYPE_CHECKING:
-    from derc.stitch_module import Stitch
+    from derc.modules import Stitch
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def describe(kind: TensorType) -> str:
 
 def build(source: TensorType, target: TensorType) -> Stitch:
     """A randomly initialised stitch (default torch initialisation)."""
-    from derc.stitch_module import Stitch
+    from derc.modules import Stitch
 
     return Stitch(**arguments(source, target))
 
 
-def arguments(source: TensorType, target: TensorType) -> dict[str, object]:
+def arguments(source: TensorType, target: TensorType) -> dict[str, tuple[str, int, int, tuple[int, int] | None]]:
     """Constructor arguments of the stitch module, as they appear in model.py."""
     return {
         "source": (str(source.layout), source.channels, source.prefix, source.spatial),

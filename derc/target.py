@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from derc.errors import MissingDependencyError, UsageError, suggest
 
@@ -28,10 +29,14 @@ class Target:
         if name in LOCAL:
             return cls(name, threads=threads, batch=batch)
         if name in GPUS:
-            raise MissingDependencyError(
-                f"target {name} needs an NVIDIA {name.upper()} with its driver and the GPU engines, and this machine cannot "
-                f'serve it: run derc on the device after pip install "derc[gpu]", or compile for this machine with '
-                f"--target cpu, or use --params-m or --macs-g, which need no device"
-            )
+            raise MissingDependencyError(_gpu_sentence(name))
         known = (*LOCAL, *GPUS)
         raise UsageError(f"unknown target {name!r}, known: {', '.join(known)}{suggest(name, known)}")
+
+
+def _gpu_sentence(name: str) -> str:
+    """What is missing for a GPU target on this machine, and what can be done."""
+    remedy = "compile for this machine's processor with --target cpu, or bound the size with --params-m or --macs-g there"
+    if not Path("/proc/driver/nvidia/version").exists():
+        return f"target {name} needs an NVIDIA {name.upper()}, and this machine has no NVIDIA driver: {remedy}"
+    return f"target {name} needs an engine for NVIDIA GPUs, and this version of derc builds engines for cpu only: {remedy}"

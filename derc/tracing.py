@@ -75,8 +75,8 @@ class ShapedProxy(fx.Proxy):
             return int(self.size(0))
         return len(self.pair[0])
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return iter([self[index] for index in range(len(self))])
+    def __iter__(self) -> Iterator[Any]:
+        return iter([operator.getitem(self, index) for index in range(len(self))])
 
     def __bool__(self) -> bool:
         if isinstance(self.pair[0], torch.Tensor):
@@ -124,7 +124,7 @@ class _Frame:
 
 
 class ShapeTracer(fx.Tracer):
-    """Traces a module for images of one shape; leaves stay whole where tracing would change what they do in training."""
+    """Traces a module for images of one shape; what tracing would change in training stays whole."""
 
     def __init__(self, input_shape: tuple[int, int, int]) -> None:
         from timm.models._features_fx import get_notrace_functions, get_notrace_modules
@@ -143,7 +143,7 @@ class ShapeTracer(fx.Tracer):
         return ShapedProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """torch's own modules, timm's opaque ones, modules without children, and those whose code reads `self.training`."""
+        """torch's modules, timm's opaque ones, modules without children, and those that read `self.training`."""
         if isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             return False
         childless = next(m.children(), None) is None

@@ -14,7 +14,7 @@ from derc.pipeline import Context
 
 @dataclass(frozen=True)
 class CutDonors:
-    """Finds every donor's cuts; units with less than `negligible` of the donor's MACs are merged into a neighbour."""
+    """Finds every donor's cuts; a unit with less than this share of MACs and of parameters is merged."""
 
     negligible: float = 0.005
     name: ClassVar[str] = "cut"
@@ -42,10 +42,11 @@ def find_cuts(graph: Graph, negligible: float = 0.005) -> CutDonor:
     kept = [name for name in chain[1:-1] if _stitchable(graph, name)]
     names = [chain[0], *kept, chain[-1]]
     units = _units(graph, names)
-    total = max(sum(unit.macs for unit in units), 1)
+    totals = max(sum(unit.macs for unit in units), 1), max(sum(unit.params for unit in units), 1)
     while len(units) > 1:
-        smallest = min(range(len(units)), key=lambda i: units[i].macs)
-        if units[smallest].macs >= negligible * total:
+        shares = [max(unit.macs / totals[0], unit.params / totals[1]) for unit in units]
+        smallest = min(range(len(units)), key=lambda i: shares[i])
+        if shares[smallest] >= negligible:
             break
         del names[_superfluous(graph, names, smallest)]
         units = _units(graph, names)
@@ -74,11 +75,11 @@ def _units(graph: Graph, names: list[str]) -> tuple[Unit, ...]:
     for op in reversed(graph.ops):
         if op.name in ends:
             place[op.name] = ends[op.name] - 1
-        for name in op.inputs:
+        for name in op.inputs if op.name in place else ():
             place[name] = min(place.get(name, len(names)), place[op.name])
     units = []
     for index in range(len(names) - 1):
-        inside = [op for op in graph.ops if place[op.name] == index]
+        inside = [op for op in graph.ops if place.get(op.name) == index]
         units.append(
             Unit(
                 params=sum(op.params for op in inside),

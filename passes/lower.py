@@ -16,23 +16,11 @@ from derc.errors import DercError, UsageError
 from derc.ir import Graph, Layout, Op, TensorType, Value
 from derc.layouts import infer
 from derc.lowered import Call, Lowered
+from derc.modules import Normalize
 from derc.pipeline import Context
 from derc.tracing import BATCHES, Pair, ShapeTracer, is_batched, is_count
 
-
-class Normalize(nn.Module):
-    """(x - mean) / std per channel; x is (N, C, H, W) in [0, 1]."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x - self.mean) / self.std
+NORMALIZE = "derc_normalize"
 
 
 @dataclass(frozen=True)
@@ -79,7 +67,7 @@ def lower(
     typed = _graph(program, name)
     typed.verify()
     lowered = Lowered(module, program, typed, _calls(tracer, graph))
-    _check_exact(lowered, input_shape, normalized="derc_normalize" in typed.types)
+    _check_exact(lowered, input_shape, normalized=NORMALIZE in typed.types)
     module.train(training)
     program.train(training)
     return lowered
@@ -104,7 +92,7 @@ def _live(module: nn.Module, traced: nn.Module, graph: fx.Graph) -> dict[str, An
 
 
 def localise_counts(graph: fx.Graph) -> None:
-    """Re-derive every batch-dependent number from an operand of the operation that uses it, so that it ties nothing together."""
+    """Re-derive every batch-dependent number from an operand of its user, so that it ties no distant parts together."""
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method") or is_count(node):
             continue
@@ -136,10 +124,10 @@ def _local_count(graph: fx.Graph, anchor: fx.Node, count: fx.Node) -> fx.Node | 
 
 
 def _insert_normalize(program: fx.GraphModule, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    program.add_submodule("derc_normalize", Normalize(mean, std))
+    program.add_submodule(NORMALIZE, Normalize(mean, std))
     placeholder = next(node for node in program.graph.nodes if node.op == "placeholder")
     with program.graph.inserting_after(placeholder):
-        node = program.graph.call_module("derc_normalize", (placeholder,))
+        node = program.graph.call_module(NORMALIZE, (placeholder,))
     node.meta["pair"] = placeholder.meta["pair"]
     placeholder.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
 
@@ -233,11 +221,14 @@ def _axes(node: fx.Node) -> tuple[int, ...] | None:
 def _calls(tracer: ShapeTracer, graph: fx.Graph) -> tuple[Call, ...]:
     """The submodule calls that can stand for the nodes they were traced into, outermost first."""
     alive = {node.name for node in graph.nodes}
+    images = next(node.name for node in graph.nodes if node.op == "placeholder")
+    entry = next((node.name for node in graph.nodes if node.target == NORMALIZE), images)
     calls = []
     for record in tracer.records:
         members = frozenset(name for name in record.members if name in alive)
         if record.result in alive and record.argument in alive and tracer.times_called[record.path] == 1 and members:
-            calls.append(Call(record.path, record.argument, record.result, members))
+            argument = entry if record.argument == images else record.argument
+            calls.append(Call(record.path, argument, record.result, members))
     return tuple(sorted(calls, key=lambda call: (call.path.count("."), call.path)))
 
 
@@ -245,11 +236,11 @@ def _check_exact(lowered: Lowered, input_shape: tuple[int, int, int], *, normali
     """Hold the traced program against the untouched module on a batch size that was not traced."""
     x = torch.rand(BATCHES[0] - 1, *input_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        inner = lowered.program.get_submodule("derc_normalize")(x) if normalized else x
+        inner = lowered.program.get_submodule(NORMALIZE)(x) if normalized else x
         want, got = lowered.module(inner.clone()), lowered.program(x.clone())
     if not torch.equal(want, got):
         if torch.isnan(want).any():
             raise UsageError(f"donor {lowered.graph.name} returns NaN on ordinary images: its weights are broken")
         raise UsageError(
-            f"donor {lowered.graph.name} cannot be lowered exactly: its forward pass depends on data or on the batch size"
+            f"donor {lowered.graph.name} cannot be lowered exactly: its forward pass depends on data or batch size"
         )

@@ -1,0 +1,5 @@
+"""python -m derc."""
+
+from derc.cli import main
+
+main()

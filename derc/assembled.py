@@ -1,0 +1,64 @@
+"""An assembly as a live network: donors' blocks and stitches in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from derc import stitching
+from derc.artifacts import Array, Assembly
+from derc.lowered import Lowered
+from derc.modules import Stitch
+
+
+class Assembled(nn.Module):
+    """`parts` alternate donors' blocks, which share the donors' parameters, and the stitches between them."""
+
+    def __init__(self, parts: list[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+    @property
+    def stitches(self) -> list[Stitch]:
+        return [part for part in self.parts if isinstance(part, Stitch)]
+
+
+def assemble(
+    assembly: Assembly, lowered: Mapping[str, Lowered], states: tuple[dict[str, Array], ...] = ()
+) -> Assembled:
+    """The network of an assembly in eval mode; stitches without a state keep torch's random initialisation."""
+    parts: list[nn.Module] = []
+    remaining = list(states)
+    for index, block in enumerate(assembly.blocks):
+        if index and assembly.stitched[index - 1]:
+            stitch = new_stitch(assembly, index, lowered)
+            if remaining:
+                stitch.load_state_dict(
+                    {name: torch.from_numpy(value.copy()) for name, value in remaining.pop(0).items()}
+                )
+            parts.append(stitch)
+        parts.append(lowered[block.donor].block(block.first, block.last))
+    return Assembled(parts).eval()
+
+
+def new_stitch(assembly: Assembly, index: int, lowered: Mapping[str, Lowered]) -> Stitch:
+    """A fresh stitch in front of block `index`."""
+    before, after = assembly.blocks[index - 1], assembly.blocks[index]
+    source, target = lowered[before.donor].cuts[before.last].type, lowered[after.donor].cuts[after.first].type
+    return stitching.build(source, target)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's random state set by `seed` inside, restored afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,286 @@
+"""The command line; every command imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from derc import __version__
+
+if TYPE_CHECKING:
+    from derc.config import CompileSettings
+    from derc.console import Console
+
+Function = Callable[..., Any]
+
+EPILOG = (
+    "Exit codes: 0 done, 1 bug, 2 usage, 3 infeasible, 4 parity, 5 missing dependency or device, "
+    "6 measurement unstable, 7 built but over budget, 8 integrity, 130 interrupted."
+)
+
+SOURCES: tuple[Function, ...] = (
+    click.option("--zoo", help="digits, timm:NAME[,NAME…] or a TOML file."),
+    click.option("--checkpoint", type=click.Path(), help="Weights for --zoo timm:NAME."),
+    click.option("--data", help="digits, folder:PATH or npz:PATH."),
+    click.option("--probe", type=int, help="Number of probe images."),
+    click.option("--seed", type=int, help="Seed of every random choice."),
+)
+PARTITION: tuple[Function, ...] = (
+    click.option("--blocks", type=int, help="Blocks per donor, K.  [default: 4]"),
+    click.option("--epsilon", type=float, help="Slack of a block's size over 1/K.  [default: 0.2]"),
+)
+DEVICE: tuple[Function, ...] = (
+    click.option("--target", help="Device to compile for.  [default: cpu]"),
+    click.option("--threads", type=int, help="Threads of the engine; 0: physical cores."),
+    click.option("--batch", type=int, help="Static batch size.  [default: 1]"),
+)
+BUDGETS: tuple[Function, ...] = (
+    click.option("--latency-ms", type=float, help="Latency budget in milliseconds."),
+    click.option("--params-m", type=float, help="Parameter budget in millions."),
+    click.option("--macs-g", type=float, help="Budget of multiply-accumulates in billions."),
+    click.option("--memory-mb", type=float, help="Peak memory budget: weights and largest activation, in MB."),
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+
+
+def options(*groups: tuple[Function, ...]) -> Callable[[Function], Function]:
+    """Add groups of options to a command, in order."""
+
+    def add(command: Function) -> Function:
+        for group in reversed(groups):
+            for option in reversed(group):
+                command = option(command)
+        return command
+
+    return add
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="derc")
+def cli() -> None:
+    """Deep Reassembly Compiler: the best network that a zoo's blocks make within a latency budget."""
+
+
+@cli.command("compile")
+@options(SOURCES, DEVICE, BUDGETS, PARTITION)
+@click.option("--solver", type=click.Choice(["auto", "highs", "gurobi"]), help="Solver of the integer program.")
+@click.option("--top", type=int, help="Solutions asked of the solver per round.")
+@click.option("--evaluations", type=int, help="Assemblies stitched and scored at most.")
+@click.option("-o", "--output", type=click.Path(), help="Directory of the bundle.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+@JSON
+def compile_(as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Compile a zoo to a bundle; what is not given comes from the environment (DERC_…), then from derc.toml."""
+    settings, console = _settings(flags, quiet)
+    from derc.compiler import compile_bundle
+    from derc.summary import command_line, result
+
+    manifest = compile_bundle(settings, console, command_line(settings))
+    if as_json:
+        click.echo(json.dumps(result(manifest)))
+    else:
+        _tell(manifest)
+
+
+@cli.command()
+@click.option("--force", is_flag=True, help="Replace an existing derc.toml.")
+def init(force: bool) -> None:
+    """Write a commented derc.toml into the working directory."""
+    from derc.config import TEMPLATE
+    from derc.errors import UsageError
+
+    path = Path("derc.toml")
+    if path.exists() and not force:
+        raise UsageError("derc.toml exists already: edit it, or replace it with --force")
+    path.write_text(TEMPLATE, encoding="utf-8")
+    click.echo("wrote derc.toml")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@JSON
+def verify(bundle: Path, as_json: bool) -> None:
+    """Check every file of a bundle against its digest."""
+    from derc.bundle import verify as check
+
+    manifest = check(bundle)
+    if as_json:
+        click.echo(json.dumps({"status": "ok", "files": manifest["files"]}))
+    else:
+        click.echo(f"{bundle}: {len(manifest['files'])} files are what derc wrote")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--limit-s", type=float, default=60.0, show_default=True, help="Longest time to measure.")
+@JSON
+def bench(bundle: Path, limit_s: float, as_json: bool) -> None:
+    """Measure a bundle's engine against eager PyTorch and the donors, interleaved."""
+    from derc.bench import bench_bundle, table
+
+    result = bench_bundle(bundle, limit_s, _console())
+    click.echo(json.dumps(result) if as_json else table(result))
+
+
+@cli.group()
+def zoo() -> None:
+    """Look at a zoo."""
+
+
+@zoo.command("show")
+@options(SOURCES)
+@JSON
+def zoo_show(as_json: bool, **flags: Any) -> None:
+    """Each donor's cuts, units, shapes, parameters and MACs."""
+    from derc.inspection import show_zoo
+
+    _print(show_zoo(*_settings(flags)), as_json)
+
+
+@cli.command()
+@options(SOURCES, PARTITION)
+@JSON
+def partition(as_json: bool, **flags: Any) -> None:
+    """Cut the donors into blocks and show the equivalence sets."""
+    from derc.inspection import show_partition
+
+    _print(show_partition(*_settings(flags)), as_json)
+
+
+@cli.command()
+@options(SOURCES, DEVICE, PARTITION)
+@click.option("-o", "--output", "table", type=click.Path(path_type=Path), help="Write the latency table as JSON.")
+@JSON
+def profile(as_json: bool, table: Path | None, **flags: Any) -> None:
+    """Measure donors, blocks and stitches on the target."""
+    from derc.inspection import show_profile
+
+    _print(show_profile(*_settings(flags), table), as_json)
+
+
+@cli.command()
+@JSON
+def doctor(as_json: bool) -> None:
+    """What of derc works on this machine, and what is missing."""
+    from dataclasses import asdict
+
+    from derc.doctor import diagnose, render
+
+    findings = diagnose()
+    click.echo(json.dumps([asdict(f) for f in findings]) if as_json else render(findings))
+    if not all(finding.ok for finding in findings):
+        sys.exit(5)
+
+
+@cli.group()
+def cache() -> None:
+    """The store of earlier results."""
+
+
+@cache.command("ls")
+@JSON
+def cache_ls(as_json: bool) -> None:
+    """List what the store keeps."""
+    from derc.inspection import list_store
+
+    _print(list_store(_store()), as_json)
+
+
+@cache.command("verify")
+@JSON
+def cache_verify(as_json: bool) -> None:
+    """Check every entry against its digests."""
+    from derc.errors import IntegrityError
+
+    store = _store()
+    damaged = store.verify()
+    if damaged:
+        listed = "; ".join(f"{key[:12]}: {why}" for key, why in damaged)
+        raise IntegrityError(f"{len(damaged)} entries of the store are damaged ({listed}): derc cache gc removes them")
+    total = len(store.entries())
+    click.echo(json.dumps({"status": "ok", "entries": total}) if as_json else f"all {total} entries are intact")
+
+
+@cache.command("gc")
+@click.option("--older-than-days", type=float, help="Remove entries older than this.")
+@click.option("--max-mb", type=float, help="Remove the oldest until the store is no larger.")
+@click.option("--all", "everything", is_flag=True, help="Remove every entry.")
+def cache_gc(older_than_days: float | None, max_mb: float | None, everything: bool) -> None:
+    """Remove damaged entries and leftovers, and what is over the limits given."""
+    limit = None if max_mb is None else int(max_mb * 1e6)
+    count, freed = _store().gc(max_bytes=limit, older_than_days=older_than_days, everything=everything)
+    click.echo(f"removed {count} entries, {freed / 1e6:.1f} MB")
+
+
+def _store() -> Any:
+    from derc.store import Store
+
+    return Store.default(say=_console().say)
+
+
+def _console(quiet: bool = False) -> Console:
+    from derc.console import Console
+
+    return Console(quiet)
+
+
+def _settings(flags: dict[str, Any], quiet: bool = False) -> tuple[CompileSettings, Console]:
+    from derc.config import resolve
+
+    console = _console(quiet)
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = resolve(given, os.environ, Path.cwd())
+    if settings.embedded_zoo:
+        console.say("no zoo was named: compiling the embedded zoo of handwritten digits (derc init writes a derc.toml)")
+    return settings, console
+
+
+def _print(found: tuple[dict[str, Any], str], as_json: bool) -> None:
+    click.echo(json.dumps(found[0]) if as_json else found[1])
+
+
+def _tell(manifest: dict[str, Any]) -> None:
+    latency, accuracy, budget = manifest["latency"], manifest["accuracy"], manifest["budget"]
+    limit = f" (budget {budget['latency_ms']:g} ms)" if budget["latency_ms"] is not None else ""
+    low, high = latency["ci95_ms"]
+    click.echo(f"network   {manifest['selected']['assembly']}")
+    click.echo(f"latency   {latency['measured_ms']:.3f} ms measured, 95% interval {low:.3f} to {high:.3f}{limit}")
+    if accuracy["heldout"] is not None:
+        best = accuracy["best_intact_within_budget"]
+        beside = f"; best intact donor within the budget: {best['donor']} {best['heldout']:.4f}" if best else ""
+        click.echo(f"accuracy  {accuracy['heldout']:.4f} held-out, no training{beside}")
+    click.echo(f"bundle    {Path(manifest['artifacts']['manifest.json']).parent}")
+
+
+def main() -> None:
+    """Run the command line; every error derc knows of is one sentence on stderr and its exit code."""
+    from derc.errors import DercError
+
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; run the same command again to go on from what is stored", 130)
+    except DercError as error:
+        _fail(str(error), error.exit_code)
+    except Exception as error:  # the last line of defence: a bug
+        if os.environ.get("DERC_DEBUG"):
+            raise
+        _fail(f"this is a bug in derc ({type(error).__name__}: {error}); DERC_DEBUG=1 shows where", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"derc: {message}", file=sys.stderr)
+    if "--json" in sys.argv:
+        print(json.dumps({"status": "error", "exit_code": code, "error": message}))
+    sys.exit(code)

@@ -1,0 +1,181 @@
+"""Settings of a compile: a flag wins over the environment (``DERC_LATENCY_MS``), which wins over derc.toml."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from derc.errors import UsageError, suggest
+
+FILE = "derc.toml"
+PREFIX = "DERC_"
+BUDGETS = ("latency_ms", "params_m", "macs_g", "memory_mb")
+OWN_VARIABLES = ("DERC_CACHE", "DERC_STORE", "DERC_DEBUG")
+
+
+class CompileSettings(BaseModel):
+    """What a compile is asked for; `defaulted` names the settings that nobody gave."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    zoo: str = "digits"
+    checkpoint: Path | None = None
+    data: str = "digits"
+    target: str = "cpu"
+    latency_ms: float | None = None
+    params_m: float | None = None
+    macs_g: float | None = None
+    memory_mb: float | None = None
+    output: Path = Path("out/derc")
+    blocks: int = Field(4, ge=1)
+    epsilon: float = Field(0.2, ge=0, allow_inf_nan=False)
+    solver: Literal["highs", "gurobi", "auto"] = "auto"
+    probe: int = Field(512, ge=8)
+    top: int = Field(8, ge=1)
+    evaluations: int = Field(16, ge=1)
+    seed: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0)
+    batch: int = Field(1, ge=1)
+    input_size: tuple[int, int, int] | None = None
+    defaulted: frozenset[str] = frozenset()
+
+    @field_validator("input_size", mode="before")
+    @classmethod
+    def _split_sizes(cls, value: Any) -> Any:
+        """The environment and a flag write ``3,32,32``."""
+        return value.replace("x", ",").split(",") if isinstance(value, str) else value
+
+    @field_validator("input_size")
+    @classmethod
+    def _positive_sizes(cls, value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+        if value is not None and min(value) < 1:
+            raise ValueError(f"must be three positive integers C,H,W, not {value}")
+        return value
+
+    @field_validator(*BUDGETS)
+    @classmethod
+    def _positive_budget(cls, value: float | None) -> float | None:
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"must be a positive finite number, not {value:g}")
+        return value
+
+    @property
+    def embedded_zoo(self) -> bool:
+        """Whether the embedded zoo is used because none was given."""
+        return "zoo" in self.defaulted
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that were given, by option name."""
+        return {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
+
+
+KEYS = tuple(name for name in CompileSettings.model_fields if name != "defaulted")
+
+
+def resolve(flags: Mapping[str, object], environ: Mapping[str, str], directory: Path) -> CompileSettings:
+    """Settings from `flags` (None where not given), `environ` and derc.toml in `directory`, in this order.
+
+    Raises UsageError for an unknown key, a value that is none of its kind, a budget that is not positive and finite,
+    and a zoo of one's own without data.
+    """
+    file, variables = from_file(directory), from_environment(environ)
+    flags = {key: value for key, value in flags.items() if value is not None}
+    for values, where in ((flags, "option"), (file, f"key in {directory / FILE}:")):
+        for key in values:
+            if key not in KEYS:
+                raise UsageError(f"unknown {where} {key!r}, known: {', '.join(KEYS)}{suggest(key, KEYS)}")
+    given = file | variables | flags
+    origin = {key: f"{key} in {directory / FILE}" for key in file}
+    origin |= {key: PREFIX + key.upper() for key in variables}
+    origin |= {key: "--" + key.replace("_", "-") for key in flags}
+    settings = _validated(given, origin)
+    if "zoo" in given and settings.zoo != "digits" and "data" not in given:
+        raise UsageError(f"--data is missing: the zoo {settings.zoo} needs images, give folder:PATH or npz:PATH")
+    return settings
+
+
+def _validated(given: Mapping[str, object], origin: Mapping[str, str]) -> CompileSettings:
+    try:
+        return CompileSettings.model_validate({**given, "defaulted": frozenset(KEYS) - given.keys()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = origin.get(str(first["loc"][0]), str(first["loc"][0]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: {message[0].lower()}{message[1:]} (got {first['input']!r})") from error
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, object]:
+    """Settings among the variables; raises UsageError for a DERC_ variable that is one letter off a setting."""
+    found: dict[str, object] = {}
+    for variable, value in environ.items():
+        key = variable.removeprefix(PREFIX).lower()
+        if not variable.startswith(PREFIX) or variable in OWN_VARIABLES or not value:
+            continue
+        if key not in KEYS:
+            known = [PREFIX + name.upper() for name in KEYS]
+            raise UsageError(f"unknown environment variable {variable}{suggest(variable, known)}")
+        found[key] = value
+    return found
+
+
+def from_file(directory: Path) -> dict[str, object]:
+    """Settings of derc.toml in `directory`, none where there is no such file.
+
+    Raises UsageError where it cannot be read.
+    """
+    path = directory / FILE
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+    return dict(tree)
+
+
+TEMPLATE = """\
+# Settings of `derc compile` in this folder. A flag wins over the environment (DERC_LATENCY_MS=5), which wins over this.
+# Take the # away to set one; what stands there is the default, or an example where there is none.
+
+# What to assemble from: digits (embedded), timm:NAME[,NAME...] or a TOML file with [[donor]] tables.
+# zoo = "digits"
+# Weights of a single timm network, where the hub is out of reach.
+# checkpoint = "weights.safetensors"
+# Images: digits (embedded), folder:PATH or npz:PATH.
+# data = "digits"
+# The device to run on.
+# target = "cpu"
+
+# Budgets, alone or together. None by default.
+# latency_ms = 5.0
+# params_m = 10.0
+# macs_g = 1.0
+# memory_mb = 100.0
+
+# Where the result goes.
+# output = "out/derc"
+# Blocks per donor, and by which share a block may be larger than an equal part.
+# blocks = 4
+# epsilon = 0.2
+# highs, gurobi, or auto: gurobi where a licence is found.
+# solver = "auto"
+# Images that show what a network's values mean.
+# probe = 512
+# Assemblies that are scored per round, and in all.
+# top = 8
+# evaluations = 16
+# seed = 0
+# Threads of the engine (0: the physical cores) and its batch size.
+# threads = 0
+# batch = 1
+# Size of the images (C, H, W). By default the donors' own.
+# input_size = [3, 32, 32]
+"""

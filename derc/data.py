@@ -1,0 +1,173 @@
+"""Images in three disjoint splits: probe says what values mean, validation what to choose, held-out what to report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from derc import artifacts
+from derc.artifacts import Array
+from derc.errors import UsageError, suggest
+from derc.images import Source, digits_splits, folder_source, npz_source, resize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from derc.zoo import Zoo
+
+LEAST_PROBES = 8
+LARGEST_SPLIT = 2000
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, H, W, C) uint8 with labels (N,) int64, or None where there are none."""
+
+    images: Array
+    labels: Array | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of images and labels."""
+        return artifacts.digest(self.images.tobytes(), list(self.images.shape), self._label_list())
+
+    def _label_list(self) -> list[int] | None:
+        return None if self.labels is None else [int(label) for label in self.labels]
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """In order, `size` at a time, the last batch maybe fewer: images (n, C, H, W) float32 in [0, 1], and labels."""
+        import torch
+
+        for start in range(0, len(self), size):
+            part = self.images[start : start + size].transpose(0, 3, 1, 2)
+            images = torch.from_numpy(np.ascontiguousarray(part)).float() / 255
+            labels = None if self.labels is None else torch.from_numpy(self.labels[start : start + size])
+            yield images, labels
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set; `classes` are the class names in label order, None without labels.
+
+    Only the final report may read `heldout`.
+    """
+
+    name: str
+    classes: tuple[str, ...] | None
+    probe: Split
+    validation: Split
+    heldout: Split
+
+    def digest(self) -> str:
+        """SHA-256 of what a compile may depend on: classes, probe and validation."""
+        return artifacts.digest(list(self.classes or ()), self.probe.digest, self.validation.digest)
+
+    @classmethod
+    def load(
+        cls, spec: str, *, input_size: tuple[int, int, int] = (3, 32, 32), probe: int = 512, seed: int = 0
+    ) -> Data:
+        """The data set `digits`, ``folder:PATH`` or ``npz:PATH`` as images of `input_size` (C, H, W).
+
+        At most `probe` probe images, `LARGEST_SPLIT` others per split; `seed` shuffles all but digits, whose splits
+        are fixed. Raises UsageError for what cannot be read and for fewer than 8 probe images.
+        """
+        if probe < LEAST_PROBES:
+            raise UsageError(f"--probe {probe} is too few: at least {LEAST_PROBES} probe images are needed")
+        if input_size[0] not in (1, 3):
+            raise UsageError(f"images have 1 or 3 channels, and the networks want {input_size[0]}")
+        if spec == "digits":
+            classes, parts = digits_splits()
+            splits = [Split(resize(images, input_size), labels) for images, labels in parts]
+            return cls("digits", classes, _first(splits[0], probe), splits[1], splits[2])
+        source = _source(spec, input_size)
+        shares = split_indices(source.labels, source.count, probe, seed)
+        if len(shares[0]) < LEAST_PROBES:
+            raise UsageError(f"{spec} has {source.count} images, at least {2 * LEAST_PROBES} are needed to split them")
+        made = [Split(source.read(share), None if source.labels is None else source.labels[share]) for share in shares]
+        return cls(spec, source.classes, *made)
+
+    def task_donors(self, zoo: Zoo) -> tuple[str, ...]:
+        """Names of the donors whose head answers this data set's question.
+
+        With labels: those that `label_map` fits. Without: those that share the zoo's most common labels (of equally
+        common ones the first donor's), or the first donor where no labels are known.
+        """
+        if self.classes is not None:
+            return tuple(d.name for d in zoo.donors if label_map(d.labels, self.classes) is not None)
+        counts = Counter(donor.labels for donor in zoo.donors if donor.labels is not None)
+        if not counts:
+            return zoo.names[:1]
+        common = max(counts, key=lambda labels: counts[labels])
+        return tuple(donor.name for donor in zoo.donors if donor.labels == common)
+
+
+def label_map(donor_labels: tuple[str, ...] | None, classes: tuple[str, ...]) -> tuple[int, ...] | None:
+    """For each class of a data set the donor's output that stands for it, or None where the head does not fit.
+
+    By name where the donor has every class (case, spaces and underscores aside). Else by index where the counts are
+    equal and one side has no real names, only "0", "1", …; two sets of real names that differ never fit.
+    """
+    if donor_labels is None:
+        return None
+    place = {_plain(label): index for index, label in enumerate(donor_labels)}
+    if all(_plain(name) in place for name in classes):
+        return tuple(place[_plain(name)] for name in classes)
+    if len(classes) == len(donor_labels) and (_unnamed(classes) or _unnamed(donor_labels)):
+        return tuple(range(len(classes)))
+    return None
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def _unnamed(names: tuple[str, ...]) -> bool:
+    return names == tuple(str(index) for index in range(len(names)))
+
+
+def split_indices(labels: Array | None, count: int, probe: int, seed: int) -> tuple[Array, Array, Array]:
+    """Disjoint indices of probe, validation and held-out images, each with the classes in even shares.
+
+    Probe gets min(probe, count // 2); the other two halve the rest, at most LARGEST_SPLIT each.
+    """
+    order = _interleaved(labels, count, np.random.default_rng(seed))
+    first = min(probe, count // 2)
+    rest = order[first:]
+    half = len(rest) // 2
+    return order[:first], rest[:half][:LARGEST_SPLIT], rest[half:][:LARGEST_SPLIT]
+
+
+def _interleaved(labels: Array | None, count: int, rng: np.random.Generator) -> Array:
+    """A shuffled order whose every run of images has the classes in about the data set's shares."""
+    order = rng.permutation(count)
+    if labels is None:
+        return order
+    place = np.empty(count)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    found: Array = np.argsort(place, kind="stable")
+    return found
+
+
+def _first(split: Split, count: int) -> Split:
+    return Split(split.images[:count], None if split.labels is None else split.labels[:count])
+
+
+def _source(spec: str, input_size: tuple[int, int, int]) -> Source:
+    kind, separator, path = spec.partition(":")
+    if separator and path and kind == "folder":
+        return folder_source(Path(path).expanduser(), input_size)
+    if separator and path and kind == "npz":
+        return npz_source(Path(path).expanduser(), input_size)
+    hint = suggest(kind, ("digits", "folder", "npz"))
+    raise UsageError(f"unknown data {spec!r}: give digits, folder:PATH or npz:PATH{hint}")

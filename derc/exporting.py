@@ -1,0 +1,226 @@
+"""From torch to ONNX, and from one ONNX export to its blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from derc.errors import DercError, UsageError
+
+OPSET = 18
+
+
+class Chain(nn.Module):
+    """Blocks in order; returns the value after each, so that one export holds every cut.
+
+    Each value is cloned: a block that works in place (ReLU) would otherwise change the cut before it.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        cuts = []
+        for block in self.blocks:
+            x = block(x)
+            cuts.append(x.clone())
+        return tuple(cuts)
+
+
+class Parallel(nn.Module):
+    """Modules side by side, each with its own input and output, so that one export holds them all."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part(x) for part, x in zip(self.parts, inputs, strict=True))
+
+
+def versions() -> dict[str, str]:
+    """What can change an export besides the network and derc's own code."""
+    return {name: version(name) for name in ("torch", "onnx", "onnxscript")} | {"opset": str(OPSET)}
+
+
+def export(
+    module: nn.Module,
+    examples: Tensor | tuple[Tensor, ...],
+    output_names: Iterable[str],
+    *,
+    input_names: Iterable[str] = ("input",),
+) -> bytes:
+    """ONNX bytes of `module` in eval mode, static in the shapes of `examples`; equal modules give equal bytes.
+
+    Raises UsageError where the module cannot be exported.
+    """
+    try:
+        with _eval(module), _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                examples if isinstance(examples, tuple) else (examples,),
+                dynamo=True,
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+                input_names=list(input_names),
+                output_names=list(output_names),
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise UsageError(f"{type(module).__name__} cannot be exported to ONNX: {line}") from error
+    if program is None:
+        raise DercError("torch.onnx.export returned no program")
+    proto = program.model_proto
+    if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
+        raise UsageError(f"{type(module).__name__} cannot be exported to ONNX: it is larger than 2 GB in one file")
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def slice_model(model: bytes, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> bytes:
+    """The part of `model` that computes `outputs` from `inputs`, with its own initializers and checked.
+
+    Raises DercError where a value is unknown, or where `outputs` need more of the model's inputs than `inputs`.
+    """
+    return Slicer(model).slice(inputs, outputs)
+
+
+class Slicer:
+    """One parsed model, to be cut into many slices.
+
+    An Identity is an alias: all names of one value are replaced by the first, so that a cut is found wherever the
+    exporter put its copy.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self.model = onnx.load_from_string(model)
+        graph = self.model.graph
+        self.root: dict[str, str] = {}
+        for node in graph.node:
+            if node.op_type == "Identity" and not node.domain:
+                self.root[node.output[0]] = self.root.get(node.input[0], node.input[0])
+        self.producer = {name: node for node in graph.node for name in node.output if name and name not in self.root}
+        self.position = {id(node): place for place, node in enumerate(graph.node)}
+        self.weights = {weight.name: weight for weight in graph.initializer}
+        self.types: dict[str, onnx.TypeProto] = {}
+        for info in (*graph.value_info, *graph.input, *graph.output):
+            self.types[self._first(info.name)] = info.type
+
+    def slice(self, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> bytes:
+        """See `slice_model`."""
+        names = {self._first(name): name for name in inputs}
+        for name in (*inputs, *outputs):
+            if self._first(name) not in self.types:
+                raise DercError(f"the exported model has no value {name!r}")
+        nodes, weights = self._needed(set(names), [self._first(name) for name in outputs])
+        body = [self._renamed(node, names) for node in nodes]
+        copies = []
+        for name in outputs:
+            source = names.get(self._first(name), self._first(name))
+            if source != name:
+                copies.append(onnx.helper.make_node("Identity", [source], [name], name=f"slice_output_{name}"))
+        result = onnx.ModelProto(ir_version=self.model.ir_version, producer_name="derc")
+        result.opset_import.extend(self.model.opset_import)
+        result.functions.extend(self.model.functions)
+        result.graph.name = "slice"
+        result.graph.node.extend(body + copies)
+        result.graph.input.extend(self._infos(inputs))
+        result.graph.output.extend(self._infos(outputs))
+        result.graph.initializer.extend(self.weights[name] for name in weights)
+        data = bytes(result.SerializeToString(deterministic=True))
+        onnx.checker.check_model(data)
+        return data
+
+    def _infos(self, names: tuple[str, ...]) -> list[onnx.ValueInfoProto]:
+        return [onnx.ValueInfoProto(name=name, type=self.types[self._first(name)]) for name in names]
+
+    def _first(self, name: str) -> str:
+        return self.root.get(name, name)
+
+    def _needed(self, given: set[str], wanted: list[str]) -> tuple[list[onnx.NodeProto], list[str]]:
+        """Nodes, in the model's order, and initializers that lead from the `given` values to the `wanted`."""
+        seen, nodes, weights, stack = set(given), dict[int, onnx.NodeProto](), set[str](), list(wanted)
+        while stack:
+            name = stack.pop()
+            if not name or name in seen:
+                continue
+            seen.add(name)
+            if name in self.producer:
+                node = self.producer[name]
+                nodes[self.position[id(node)]] = node
+                stack.extend(self._first(used) for used in _used(node))
+            elif name in self.weights:
+                weights.add(name)
+            else:
+                raise DercError(f"the slice up to {', '.join(wanted)} also needs {name!r} from before its start")
+        return [nodes[place] for place in sorted(nodes)], sorted(weights)
+
+    def _renamed(self, node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
+        """A copy of `node` that uses first names, and for the slice's inputs the names asked for."""
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        self._rename(copy, names)
+        return copy
+
+    def _rename(self, node: onnx.NodeProto, names: dict[str, str]) -> None:
+        for place, name in enumerate(node.input):
+            first = self._first(name)
+            node.input[place] = names.get(first, first)
+        for body in _bodies(node):
+            for inner in body.node:
+                self._rename(inner, names)
+
+
+def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Graphs inside a node (If, Loop)."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _used(node: onnx.NodeProto) -> set[str]:
+    """Names that a node reads, those that its inner graphs capture included."""
+    used = set(node.input)
+    for body in _bodies(node):
+        local = {name for inner in body.node for name in inner.output}
+        local |= {value.name for value in (*body.input, *body.initializer)}
+        read = {name for inner in body.node for name in _used(inner)} | {value.name for value in body.output}
+        used |= read - local
+    return used
+
+
+@contextlib.contextmanager
+def _eval(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode; each part's own mode comes back afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's chatter off the terminal; errors are exceptions and pass."""
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.CRITICAL)
+        drain = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(drain), contextlib.redirect_stderr(drain):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

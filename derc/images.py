@@ -1,0 +1,140 @@
+"""Reading images: folders of files, npz arrays and the embedded digits, all as uint8 (H, W, C) of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from derc.artifacts import Array
+from derc.errors import UsageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images that are decoded on demand: `read` takes indices and gives (n, H, W, C) uint8."""
+
+    count: int
+    classes: tuple[str, ...] | None
+    labels: Array | None
+    read: Callable[[Array], Array]
+
+
+def digits_splits() -> tuple[tuple[str, ...], list[tuple[Array, Array]]]:
+    """Class names, and (images, labels) of the probe, validation and held-out splits of the embedded digits."""
+    from derc.digits import CLASSES, load_split
+
+    return CLASSES, [load_split(name) for name in ("probe", "validation", "heldout")]
+
+
+def folder_source(path: Path, size: Size) -> Source:
+    """Images under `path`: one folder per class, or images only, which then have no labels.
+
+    Raises UsageError for a folder that is missing, empty or mixes the two, and when an image cannot be read.
+    """
+    if not path.is_dir():
+        raise UsageError(f"data folder {path} does not exist or is not a folder")
+    loose = _images_in(path, deep=False)
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    members = {folder.name: _images_in(folder, deep=True) for folder in folders}
+    if loose and any(members.values()):
+        raise UsageError(f"data folder {path} mixes images ({loose[0].name}, …) with class folders: move them into one")
+    if not loose and not any(members.values()):
+        raise UsageError(f"data folder {path} has no images ({', '.join(SUFFIXES)})")
+    for name, files in members.items():
+        if not loose and not files:
+            raise UsageError(f"data folder {path}: the class folder {name} has no images")
+    files = loose or [file for group in members.values() for file in group]
+    labels = np.repeat(np.arange(len(members)), [len(group) for group in members.values()]) if not loose else None
+    return Source(
+        count=len(files),
+        classes=None if loose else tuple(members),
+        labels=labels,
+        read=lambda indices: np.stack([_decode(files[i], size) for i in indices]),
+    )
+
+
+def _images_in(folder: Path, *, deep: bool) -> list[Path]:
+    found = folder.rglob("*") if deep else folder.iterdir()
+    return sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())
+
+
+def _decode(file: Path, size: Size) -> Array:
+    """One image: the shorter side resized to match, then the centre."""
+    from PIL import Image, ImageOps
+
+    channels, height, width = size
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB" if channels == 3 else "L")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"image {file} cannot be read ({error}): replace or remove it") from error
+    fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(fitted, dtype=np.uint8).reshape(height, width, channels)
+
+
+def npz_source(path: Path, size: Size) -> Source:
+    """Arrays `x` (N, H, W, C) uint8 and, where there are labels, `y` (N,) of class indices in an npz file.
+
+    Raises UsageError that says which array is wrong; pickled arrays are never loaded.
+    """
+    arrays = _read_npz(path)
+    if "x" not in arrays:
+        raise UsageError(f"{path} has no array x, only {', '.join(sorted(arrays)) or 'nothing'}: name the images x")
+    x = arrays["x"]
+    if x.ndim != 4 or x.dtype != np.uint8:
+        raise UsageError(f"{path}: x must be uint8 of shape (N, H, W, C), it is {x.dtype} of shape {x.shape}")
+    if 0 in x.shape:
+        raise UsageError(f"{path}: x has no images, its shape is {x.shape}")
+    if x.shape[3] not in (1, size[0]):
+        raise UsageError(f"{path}: x has {x.shape[3]} channels, and the networks want {size[0]}")
+    labels = _npz_labels(arrays.get("y"), len(x), path)
+    classes = None if labels is None else tuple(str(index) for index in range(int(labels.max()) + 1))
+    return Source(len(x), classes, labels, lambda indices: resize(x[indices], size))
+
+
+def _read_npz(path: Path) -> dict[str, Array]:
+    if not path.is_file():
+        raise UsageError(f"data file {path} does not exist or is not a file")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise UsageError(f"{path} holds a single array: save x and y with numpy.savez")
+        with loaded:
+            return {name: loaded[name] for name in loaded.files if name in ("x", "y")} or dict.fromkeys(
+                loaded.files, np.empty(0)
+            )
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        pickled = "allow_pickle" in str(error) and path.suffix == ".npz"
+        reason = "has pickled objects, which derc does not load" if pickled else "is not a readable npz file"
+        raise UsageError(f"{path} {reason}: save plain arrays x and y with numpy.savez") from error
+
+
+def _npz_labels(y: Array | None, count: int, path: Path) -> Array | None:
+    if y is None:
+        return None
+    if y.shape != (count,) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+        raise UsageError(
+            f"{path}: y must be {count} class indices from 0 as integers, it is {y.dtype} of shape {y.shape}"
+        )
+    return y.astype(np.int64)
+
+
+def resize(images: Array, size: Size) -> Array:
+    """(n, H, W, C) uint8 brought to `size` (C, H, W), bilinear, cropped to its aspect; one channel may become three."""
+    from PIL import Image, ImageOps
+
+    channels, height, width = size
+    if images.shape[1:3] != (height, width):
+        planes = [
+            [ImageOps.fit(Image.fromarray(plane), (width, height), Image.Resampling.BILINEAR) for plane in planes]
+            for planes in images.transpose(0, 3, 1, 2)
+        ]
+        images = np.stack([np.stack([np.asarray(p) for p in image], axis=-1) for image in planes])
+    return np.repeat(images, channels, axis=3) if images.shape[3] != channels else images

@@ -1,0 +1,57 @@
+"""Predictions of a network on a split, and what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from derc.artifacts import Array
+from derc.data import Data, Split, label_map
+from derc.lowered import Lowered
+
+
+@torch.no_grad()
+def logits(network: nn.Module, split: Split, batch: int = 64) -> torch.Tensor:
+    """(n, classes) outputs in eval mode; the network's mode is restored."""
+    training = network.training
+    network.eval()
+    result = torch.cat([network(images) for images, _ in split.batches(batch)])
+    network.train(training)
+    return result
+
+
+def answers(outputs: torch.Tensor, columns: tuple[int, ...] | None) -> Array:
+    """Predicted class indices; `columns` maps the data set's classes to outputs."""
+    picked = outputs if columns is None else outputs[:, list(columns)]
+    found: Array = picked.argmax(1).numpy()
+    return found
+
+
+def correct(outputs: torch.Tensor, split: Split, columns: tuple[int, ...] | None) -> Array | None:
+    """Which images are answered right; None without labels."""
+    if split.labels is None or columns is None:
+        return None
+    right: Array = answers(outputs, columns) == split.labels
+    return right
+
+
+def columns_of(labels: tuple[str, ...] | None, data: Data) -> tuple[int, ...] | None:
+    """Which output stands for each class of the data set, or None where there are no classes or they do not fit."""
+    return None if data.classes is None else label_map(labels, data.classes)
+
+
+def consensus(donors: Iterable[Lowered], split: Split) -> Array:
+    """Class indices that the donors' mean softmax predicts; their heads must agree in their classes."""
+    total = sum(logits(donor.program, split).softmax(1) for donor in donors)
+    if not isinstance(total, torch.Tensor):
+        raise ValueError("consensus needs at least one donor")
+    found: Array = total.argmax(1).numpy()
+    return found
+
+
+def standard_error(right: Array) -> float:
+    """Standard error of an accuracy."""
+    return float(np.sqrt(right.mean() * (1 - right.mean()) / len(right)))

@@ -1,0 +1,249 @@
+"""What the selection believes of loss and latency: priors from similarity and block timings, refitted to what was seen.
+
+Both are sums over a path's edges. Corrections come from Bayesian linear regression on indicators of each block, of each
+edge and of being stitched, all with prior mean zero. What is known of a whole assembly replaces the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from derc.artifacts import Array, Assembly, CutId, CutZoo, EmbeddedZoo, Knowledge, Latency, LatencyTable
+from derc.errors import DercError
+from derc.layered import Layered
+
+STITCH_LOSS = 0.01
+"""Prior loss of a stitch between identical values."""
+DISSIMILARITY_LOSS = 1.0
+"""Prior loss of a stitch between values without any similarity."""
+SIZE_LOSS = 0.1
+"""Prior loss of the smallest donor over the largest where no accuracy is known; between them by log MACs."""
+LOSS_SPREADS = (0.1, 0.05, 0.1, 0.01)
+"""Prior standard deviations of the stitched, block and edge corrections of the loss, and the noise of a score."""
+LATENCY_SPREADS = (0.1, 0.1, 0.1, 0.005)
+"""The same for latencies, as shares of the network's."""
+LEAST_SHARE = 0.1
+"""An edge's latency never falls below this share of its parts' own, whatever the corrections say."""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """Predicted `loss` (1 − score) and `latency_ms` of each edge, and what is known of whole assemblies.
+
+    `latency_ms` is None without a latency table. `measured` holds the median and the upper end of its interval, in ms.
+    """
+
+    graph: Layered
+    loss: Array
+    latency_ms: Array | None
+    losses: Mapping[Assembly, float]
+    measured: Mapping[Assembly, tuple[float, float]]
+
+    def expected_loss(self, assembly: Assembly) -> float:
+        """The known loss of an assembly, else the predicted one."""
+        known = self.losses.get(assembly)
+        return float(self.loss[list(self._path(assembly))].sum()) if known is None else known
+
+    def predict(self, assembly: Assembly) -> dict[str, float | None]:
+        """`latency_ms` (None without a table), `params`, `macs` and `memory_mb`; a measured latency predicts itself.
+
+        Raises DercError for an assembly that is not a path of the graph.
+        """
+        path = self._path(assembly)
+        latency = None if self.latency_ms is None else float(self.latency_ms[list(path)].sum())
+        if assembly in self.measured:
+            latency = self.measured[assembly][0]
+        return {"latency_ms": latency, **self.graph.costs(path)}
+
+    def _path(self, assembly: Assembly) -> tuple[int, ...]:
+        path = self.graph.path(assembly)
+        if path is None:
+            raise DercError(f"{assembly} is not an assembly of this partition")
+        return path
+
+
+def learn(
+    graph: Layered, cuts: CutZoo, embedded: EmbeddedZoo, table: LatencyTable | None, knowledge: Knowledge
+) -> Learnt:
+    """Priors refitted to `knowledge`, where it is of this graph's assemblies; later entries replace earlier ones."""
+    seen = [one for one in knowledge.evaluated if graph.path(one.assembly) is not None]
+    losses = _intact_losses(graph, embedded) | {one.assembly: 1 - one.score for one in seen if one.score is not None}
+    intact = intact_latencies(graph, table) if table else {}
+    measured = intact | {one.assembly: (one.latency.ms, one.latency.high_ms) for one in seen if one.latency}
+    loss = prior_loss(graph, cuts, embedded)
+    return Learnt(
+        graph=graph,
+        loss=loss + corrections(graph, losses, loss, LOSS_SPREADS),
+        latency_ms=latencies(graph, table, {a: ms for a, (ms, _) in measured.items()}) if table else None,
+        losses=losses,
+        measured=measured,
+    )
+
+
+def _intact_losses(graph: Layered, embedded: EmbeddedZoo) -> dict[Assembly, float]:
+    """What the donors of known accuracy lose, where they are assemblies of the graph."""
+    known = {Assembly(chain): embedded.accuracy.get(name) for name, chain in graph.chains.items()}
+    return {a: 1 - accuracy for a, accuracy in known.items() if accuracy is not None and graph.path(a) is not None}
+
+
+def prior_loss(graph: Layered, cuts: CutZoo, embedded: EmbeddedZoo) -> Array:
+    """Loss of each edge before anything was evaluated.
+
+    A block bears its MACs' share of its donor's error, a stitch the dissimilarity of what it joins, and a step that
+    leaves out equivalence sets their share of the network.
+    """
+    position, errors, total = embedded.position, _donor_errors(cuts, embedded), _total_macs(cuts)
+    loss = np.zeros(len(graph.edges))
+    for place, edge in enumerate(graph.edges):
+        loss[place] = edge.skipped / graph.sets
+        if edge.target is not None:
+            donor, units = edge.target.donor, cuts.donors[edge.target.donor].units
+            macs = sum(unit.macs for unit in units[edge.target.first : edge.target.last])
+            loss[place] += errors[donor] * macs / total[donor]
+            if edge.stitch is not None and edge.source is not None:
+                rows = position[CutId(edge.source.donor, edge.source.last)], position[CutId(donor, edge.target.first)]
+                loss[place] += STITCH_LOSS + DISSIMILARITY_LOSS * (1 - float(embedded.similarity[rows]))
+    return loss
+
+
+def _total_macs(cuts: CutZoo) -> dict[str, int]:
+    return {name: max(sum(unit.macs for unit in donor.units), 1) for name, donor in cuts.donors.items()}
+
+
+def _donor_errors(cuts: CutZoo, embedded: EmbeddedZoo) -> dict[str, float]:
+    """1 − accuracy, the known donors' mean where it is not known; without any, a little more for the smaller ones."""
+    known = embedded.accuracy
+    if known:
+        mean = sum(known.values()) / len(known)
+        return {name: 1 - known.get(name, mean) for name in cuts.donors}
+    size = {name: float(np.log(macs)) for name, macs in _total_macs(cuts).items()}
+    largest, spread = max(size.values()), max(max(size.values()) - min(size.values()), 1e-12)
+    return {name: SIZE_LOSS * (largest - value) / spread for name, value in size.items()}
+
+
+def intact_latencies(graph: Layered, table: LatencyTable) -> dict[Assembly, tuple[float, float]]:
+    """Median and upper end of the latencies of the donors that were measured whole."""
+    known = {Assembly(chain): table.donors.get(name) for name, chain in graph.chains.items()}
+    return {assembly: (latency.ms, latency.high_ms) for assembly, latency in known.items() if latency is not None}
+
+
+def latencies(graph: Layered, table: LatencyTable, measured: Mapping[Assembly, float]) -> Array:
+    """Latency of each edge in ms: the target block's and the stitch's own, corrected for being joined.
+
+    The joints of an intact donor share evenly what separates it from the sum of its blocks; stitched joints begin with
+    the mean of those, and learn from the stitched assemblies in `measured`.
+    """
+    parts = _parts(graph, table)
+    joints = _joints(graph, table, measured)
+    mean = sum(joints.values()) / len(joints) if joints else 0.0
+    inner = [edge.source is not None and edge.target is not None for edge in graph.edges]
+    joint = [joints.get(edge.target.donor, mean) if edge.target and not edge.stitch else mean for edge in graph.edges]
+    latency: Array = parts + np.where(inner, joint, 0.0)
+    stitched = {assembly: ms for assembly, ms in measured.items() if not assembly.intact}
+    if stitched:
+        scale = sum(stitched.values()) / len(stitched)
+        latency = latency + corrections(graph, stitched, latency, tuple(scale * part for part in LATENCY_SPREADS))
+    return np.maximum(latency, LEAST_SHARE * parts)
+
+
+def _parts(graph: Layered, table: LatencyTable) -> Array:
+    parts = np.zeros(len(graph.edges))
+    for place, edge in enumerate(graph.edges):
+        if edge.target is not None:
+            parts[place] = _timed(table.blocks, str(edge.target), "block")
+        if edge.stitch is not None:
+            parts[place] += _timed(table.stitches, edge.stitch, "stitch")
+    return parts
+
+
+def _timed(known: Mapping[str, Latency], name: str, kind: str) -> float:
+    if name not in known:
+        raise DercError(f"the latency table has no {kind} {name}: profile the zoo again with this partition")
+    return known[name].ms
+
+
+def _joints(graph: Layered, table: LatencyTable, measured: Mapping[Assembly, float]) -> dict[str, float]:
+    """Each measured intact donor's correction per joint."""
+    joints = {}
+    for name, chain in graph.chains.items():
+        whole = measured.get(Assembly(chain))
+        if whole is not None and len(chain) > 1:
+            apart = sum(_timed(table.blocks, str(block), "block") for block in chain)
+            joints[name] = (whole - apart) / (len(chain) - 1)
+    return joints
+
+
+def corrections(graph: Layered, known: Mapping[Assembly, float], predicted: Array, spreads: tuple[float, ...]) -> Array:
+    """What to add to each edge's prediction so that sums over the `known` assemblies come near their values.
+
+    `spreads` are the prior standard deviations of the corrections for being stitched, for each block and for each edge,
+    and the noise of a value: the posterior mean of Gaussian linear regression.
+    """
+    paths = [(path, value) for a, value in known.items() if (path := graph.path(a)) is not None]
+    if not paths:
+        return np.zeros(len(graph.edges))
+    taken = np.zeros((len(paths), len(graph.edges)))
+    for row, (path, _) in enumerate(paths):
+        taken[row, list(path)] = 1
+    residual = np.array([value for _, value in paths]) - taken @ predicted
+    covariance = np.stack([_covariance(graph, row, spreads) for row in taken])
+    weights = np.linalg.solve(taken @ covariance.T + spreads[3] ** 2 * np.eye(len(paths)), residual)
+    result: Array = weights @ covariance
+    return result
+
+
+def _covariance(graph: Layered, path: Array, spreads: tuple[float, ...]) -> Array:
+    """Prior covariance of each edge's correction with the sum over the edges marked in `path`."""
+    number = {target: i for i, target in enumerate((*graph.blocks, None))}
+    targets = np.array([number[edge.target] for edge in graph.edges])
+    stitched = np.array([edge.stitch is not None for edge in graph.edges], np.float64)
+    inner = targets < len(graph.blocks)
+    shared, block, edge, _ = (spread**2 for spread in spreads)
+    same_block = np.bincount(targets, path, len(number))[targets]
+    result: Array = shared * stitched * (stitched @ path) + inner * (block * same_block + edge * path)
+    return result
+
+
+def margin_from(
+    table: LatencyTable, knowledge: Knowledge | None = None, graph: Layered | None = None, *, quantile: float = 0.9
+) -> float:
+    """Upper quantile of the known shares by which latencies exceed their predictions, at least the A/A noise.
+
+    Each known latency is predicted from the others: the intact donors', and those in `knowledge` where its `graph` is
+    given too. In [0, 1), for the latency row (1 − margin) · budget.
+    """
+    errors = _intact_errors(table)
+    if knowledge is not None and graph is not None:
+        errors += _measured_errors(graph, table, knowledge)
+    worst = float(np.quantile(errors, quantile, method="higher")) if errors else 0.0
+    return max(worst, table.noise, 0.0)
+
+
+def _intact_errors(table: LatencyTable) -> list[float]:
+    apart: dict[str, list[float]] = {name: [] for name in table.donors}
+    for block, latency in table.blocks.items():
+        apart.setdefault(block.rpartition("[")[0], []).append(latency.ms)
+    known = {n: (table.donors[n].ms, sum(parts), len(parts) - 1) for n, parts in apart.items() if len(parts) > 1}
+    known = {name: row for name, row in known.items() if name in table.donors}
+    joints = {name: (whole - parts) / count for name, (whole, parts, count) in known.items()}
+    errors = []
+    for name, (whole, parts, count) in known.items():
+        others = [joint for other, joint in joints.items() if other != name]
+        errors.append(1 - (parts + count * sum(others) / max(len(others), 1)) / whole)
+    return errors
+
+
+def _measured_errors(graph: Layered, table: LatencyTable, knowledge: Knowledge) -> list[float]:
+    known = {one.assembly: one.latency.ms for one in knowledge.evaluated if one.latency}
+    intact = {assembly: ms for assembly, (ms, _) in intact_latencies(graph, table).items()}
+    errors = []
+    for assembly, ms in known.items():
+        path = graph.path(assembly)
+        if path is None or assembly.intact:
+            continue
+        rest = {other: value for other, value in (intact | known).items() if other != assembly}
+        errors.append(1 - float(latencies(graph, table, rest)[list(path)].sum()) / ms)
+    return errors

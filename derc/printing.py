@@ -1,0 +1,280 @@
+"""Python source of an assembled network that needs torch and the donors' own library alone."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import derc
+from derc import modules, stitching
+from derc.artifacts import Assembly, BlockRef
+from derc.lowered import Lowered
+from derc.text import type_text
+from derc.zoo import Donor
+
+TEMPLATE = '''"""{title}
+
+Written by derc {version}. Needs torch, safetensors and {libraries}; the weights lie beside this file.
+Input: float32 images (N, {channels}, {height}, {width}) in [0, 1]; normalisation is part of the network.
+"""
+
+from pathlib import Path
+
+{imports}
+
+HEAD = {head!r}
+"""Path of the last linear layer, which `build(num_classes)` replaces; None where the network has none."""
+
+
+{helpers}
+
+
+{donors}
+
+
+{blocks}
+
+
+class Network(nn.Module):
+    """{plan}"""
+
+    def __init__(self) -> None:
+        super().__init__()
+{parts}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+{steps}
+        return x
+
+
+def build(num_classes: int | None = None, weights: str | Path | None = None) -> Network:
+    """The network with its weights, in eval mode; with `num_classes`, a fresh linear head of that many outputs."""
+    network = Network()
+    network.load_state_dict(load_file(weights or Path(__file__).with_name("weights.safetensors")))
+    if num_classes is not None:
+        if HEAD is None:
+            raise ValueError("this network does not end in a linear layer: replace its head by hand")
+        owner, _, name = HEAD.rpartition(".")
+        head = network.get_submodule(HEAD)
+        setattr(network.get_submodule(owner), name, nn.Linear(head.in_features, num_classes))
+    return network.eval()
+'''
+
+
+@dataclass
+class Printed:
+    """A network's source, and where each of its weights comes from."""
+
+    source: str
+    weights: dict[str, torch.Tensor]
+
+
+@dataclass
+class _Block:
+    """One block class on its way to text."""
+
+    lines: list[str] = field(default_factory=list)
+    imports: set[str] = field(default_factory=set)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    attributes: dict[str, str] = field(default_factory=dict)
+
+
+def print_network(
+    assembly: Assembly,
+    donors: Mapping[str, Donor],
+    lowered: Mapping[str, Lowered],
+    states: Iterable[Mapping[str, torch.Tensor]],
+) -> Printed:
+    """The module text of an assembly with the given stitch weights."""
+    remaining = list(states)
+    parts: list[str] = []
+    steps: list[str] = []
+    weights: dict[str, torch.Tensor] = {}
+    printed: list[_Block] = []
+    for index, block in enumerate(assembly.blocks):
+        if index and assembly.stitched[index - 1]:
+            name = f"stitch{index}"
+            parts.append(f"        self.{name} = Stitch({_stitch_arguments(assembly, index, lowered)})")
+            steps.append(f"        x = self.{name}(x)")
+            weights |= {f"{name}.{key}": value for key, value in remaining.pop(0).items()}
+        text = _print_block(index, block, lowered[block.donor])
+        printed.append(text)
+        parts.append(f"        self.block{index} = Block{index}()")
+        steps.append(f"        x = self.block{index}(x)")
+        weights |= {f"block{index}.{key}": value for key, value in text.weights.items()}
+    used = [donors[name] for name in assembly.donors]
+    channels, height, width = lowered[assembly.blocks[0].donor].cuts[0].type.shape
+    source = TEMPLATE.format(
+        title=f"A network assembled from {', '.join(assembly.donors)}.",
+        version=derc.__version__,
+        libraries=", ".join(sorted({_library(donor) for donor in used})),
+        channels=channels,
+        height=height,
+        width=width,
+        imports=_imports(printed, used),
+        head=_head(assembly, lowered[assembly.blocks[-1].donor], printed[-1]),
+        helpers=_helpers(assembly, printed),
+        donors="\n\n\n".join(_donor_function(donor) for donor in used),
+        blocks="\n\n\n".join("\n".join(block.lines) for block in printed),
+        plan=str(assembly),
+        parts="\n".join(parts),
+        steps="\n".join(steps),
+    )
+    return Printed(source, weights)
+
+
+def _stitch_arguments(assembly: Assembly, index: int, lowered: Mapping[str, Lowered]) -> str:
+    before, after = assembly.blocks[index - 1], assembly.blocks[index]
+    source, target = lowered[before.donor].cuts[before.last].type, lowered[after.donor].cuts[after.first].type
+    return ", ".join(f"{name}={value!r}" for name, value in stitching.arguments(source, target).items())
+
+
+def _function(name: str) -> str:
+    return "donor_" + re.sub(r"\W", "_", name)
+
+
+def _library(donor: Donor) -> str:
+    return donor.factory.partition(":")[0].split(".")[0]
+
+
+def _donor_function(donor: Donor) -> str:
+    library, _, name = donor.factory.partition(":")
+    arguments = [f"{key}={value!r}" for key, value in donor.kwargs.items()]
+    if library == "timm":
+        call = f"timm.create_model({', '.join([repr(name), 'pretrained=False', *arguments])})"
+    else:
+        call = f"{_alias(donor)}({', '.join(arguments)})"
+    licence = f"{donor.source}; " if donor.source else ""
+    return (
+        f"def {_function(donor.name)}() -> nn.Module:\n"
+        f'    """{donor.name}: {donor.factory} ({licence}licence {donor.licence})."""\n'
+        f"    return {call}"
+    )
+
+
+def _alias(donor: Donor) -> str:
+    return re.sub(r"\W", "_", donor.factory)
+
+
+def _imports(blocks: list[_Block], donors: list[Donor]) -> str:
+    lines = {line for block in blocks for line in block.imports}
+    for donor in donors:
+        library, _, name = donor.factory.partition(":")
+        lines.add("import timm" if library == "timm" else f"from {library} import {name} as {_alias(donor)}")
+    lines |= {"import torch", "import torch.nn.functional as F", "from torch import nn"}
+    lines.add("from safetensors.torch import load_file")
+    return "\n".join(sorted(lines, key=lambda line: (line.startswith("from"), line)))
+
+
+def _helpers(assembly: Assembly, blocks: list[_Block]) -> str:
+    normalises = any("Normalize(" in line for block in blocks for line in block.lines)
+    wanted = ([modules.Normalize] if normalises else []) + ([modules.Stitch] if any(assembly.stitched) else [])
+    return "\n\n".join(inspect.getsource(kind) for kind in wanted).rstrip() or "# no stitch is needed"
+
+
+def _print_block(index: int, block: BlockRef, lowered: Lowered) -> _Block:
+    """One block as a class whose submodules are taken from a fresh donor."""
+    graph = lowered.block_graph(block.first, block.last)
+    text = _Block()
+    taken: list[str] = []
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            target = str(node.target)
+            if target not in text.attributes:
+                text.attributes[target] = re.sub(r"\W", "_", target).removeprefix("_")
+                taken.append(_take(target, text, lowered))
+            node.target = text.attributes[target]
+    code = graph.python_code("self")
+    text.imports |= {line for line in (_import(name, value) for name, value in code.globals.items()) if line}
+    span = f"{type_text(lowered.cuts[block.first].type)} to {type_text(lowered.cuts[block.last].type)}"
+    text.lines = [
+        f"class Block{index}(nn.Module):",
+        f'    """Units {block.first} to {block.last - 1} of {block.donor}: {span}."""',
+        "",
+        "    def __init__(self) -> None:",
+        "        super().__init__()",
+        *([f"        donor = {_function(block.donor)}()"] if any("donor" in line for line in taken) else []),
+        *(f"        {line}" for line in taken),
+        "",
+        "    def forward(self, x: torch.Tensor) -> torch.Tensor:",
+        *_body(code.src),
+    ]
+    return text
+
+
+def _body(source: str) -> list[str]:
+    """The statements of an fx-generated forward, without the deletions that fx adds."""
+    lines = []
+    for line in source.splitlines():
+        statement = re.sub(r";  [\w = ]+ = None$", "", line).rstrip()
+        if not statement.strip() or statement.lstrip().startswith("def ") or statement.endswith(" = None"):
+            continue
+        lines.append(f"    {statement}")
+    return lines
+
+
+def _take(target: str, text: _Block, lowered: Lowered) -> str:
+    """The line that gives the block the donor's attribute at `target`; its weights are recorded."""
+    name, value = text.attributes[target], lowered.attribute(target)
+    if isinstance(value, modules.Normalize):
+        mean, std = (tuple(round(float(v), 8) for v in t.flatten()) for t in (value.mean, value.std))
+        text.weights |= {f"{name}.{key}": v for key, v in value.state_dict().items()}
+        return f"self.{name} = Normalize(mean={mean}, std={std})"
+    if isinstance(value, nn.Module):
+        text.weights |= {f"{name}.{key}": v for key, v in value.state_dict().items()}
+        return f"self.{name} = {_path(target, lowered.module)}"
+    text.weights[name] = value.detach()
+    if isinstance(value, nn.Parameter):
+        return f"self.{name} = {_path(target, lowered.module)}"
+    return f'self.register_buffer("{name}", torch.zeros({tuple(value.shape)}, dtype={value.dtype}))'
+
+
+def _path(target: str, module: nn.Module) -> str:
+    """`target` as an expression on `donor`, with indices into sequences."""
+    expression, owner = "donor", module
+    for name in target.split("."):
+        indexed = isinstance(owner, (nn.Sequential, nn.ModuleList)) and name.isdigit() and int(name) < len(owner)
+        expression += f"[{name}]" if indexed else f".{name}" if name.isidentifier() else f'.get_submodule("{name}")'
+        owner = getattr(owner, name)
+    return expression
+
+
+def _import(name: str, value: Any) -> str | None:
+    """The import line of a global that generated code refers to."""
+    if name == "torch" or (inspect.isbuiltin(value) and value.__module__ in ("builtins", None)):
+        return None
+    if inspect.ismodule(value):
+        return f"import {value.__name__} as {name}" if value.__name__ != name else f"import {name}"
+    if value is None or not hasattr(value, "__qualname__"):
+        return f"from torch import {name}" if hasattr(torch, name) else None
+    return f"from {value.__module__} import {value.__qualname__} as {name}"
+
+
+PASS_THROUGH = ("flatten", "Identity", "Dropout", "dropout", "squeeze")
+
+
+def _head(assembly: Assembly, lowered: Lowered, block: _Block) -> str | None:
+    """Where the linear layer that gives the output lies in the printed network."""
+    node = next(n for n in lowered.program.graph.nodes if n.op == "output").args[0]
+    while isinstance(node, fx.Node):
+        module = lowered.attribute(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Linear):
+            return _printed_path(str(node.target), len(assembly.blocks) - 1, block)
+        label = type(module).__name__ if module is not None else str(node.target)
+        if not any(word in label for word in PASS_THROUGH):
+            return None
+        node = node.args[0] if node.args else None
+    return None
+
+
+def _printed_path(target: str, index: int, block: _Block) -> str | None:
+    for taken, name in block.attributes.items():
+        if target == taken or target.startswith(f"{taken}."):
+            return f"block{index}.{name}{target[len(taken) :]}"
+    return None

@@ -1,0 +1,167 @@
+"""The loop of select, stitch and score: candidates are evaluated, the program is refitted, the best is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from derc.artifacts import (
+    Assembly,
+    Candidate,
+    CutZoo,
+    EmbeddedZoo,
+    Evaluated,
+    Knowledge,
+    Latency,
+    LatencyTable,
+    Partition,
+    Scores,
+    Selection,
+    StitchedAssembly,
+)
+from derc.errors import InfeasibleError
+from derc.passes.score import Score
+from derc.passes.select import Select
+from derc.passes.stitch import FitStitches
+from derc.pipeline import Context, Timings, execute
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One evaluated assembly; `measured` is its whole network's latency where that is known."""
+
+    stitched: StitchedAssembly
+    scores: Scores
+    predicted: dict[str, float | None]
+    measured: Latency | None = None
+
+    @property
+    def assembly(self) -> Assembly:
+        return self.stitched.assembly
+
+
+@dataclass
+class Search:
+    """Evaluates intact donors first, then the selection's candidates, up to `evaluations` of them."""
+
+    context: Context
+    select: Select
+    cuts: CutZoo
+    embedded: EmbeddedZoo
+    partition: Partition
+    table: LatencyTable
+    evaluations: int
+    timings: Timings
+    judged: dict[Assembly, Judged] = field(default_factory=dict)
+    selection: Selection | None = None
+
+    def run(self) -> None:
+        """Evaluate until the evaluation budget is spent or nothing new is proposed.
+
+        Raises InfeasibleError where neither an assembly nor an intact donor fits the budgets.
+        """
+        self._evaluate_intact()
+        while self.spent < self.evaluations and self.explore(self.evaluations - self.spent):
+            pass
+
+    @property
+    def spent(self) -> int:
+        """Stitched assemblies evaluated so far."""
+        return sum(not assembly.intact for assembly in self.judged)
+
+    @property
+    def knowledge(self) -> Knowledge:
+        return Knowledge(tuple(Evaluated(a, j.scores.value, j.measured) for a, j in self.judged.items()))
+
+    def explore(self, most: int) -> int:
+        """One round: solve, then stitch and score the new candidates, `most` at the most; returns how many were new."""
+        try:
+            selection = execute(
+                self.select,
+                self.context,
+                self.cuts,
+                self.embedded,
+                self.partition,
+                self.table,
+                self.knowledge,
+                timings=self.timings,
+            )
+        except InfeasibleError:
+            if next(self.fitting(intact=True), None) is None:
+                raise
+            return 0
+        self.selection = self.selection or selection
+        fresh = [c for c in selection.candidates if c.assembly not in self.judged][:most]
+        self._evaluate(fresh)
+        return len(fresh)
+
+    def _evaluate_intact(self) -> None:
+        blocks = self.partition.blocks
+        intact = [Candidate(Assembly(blocks[name]), 0.0, {}) for name in self.select.heads]
+        self._evaluate(intact)
+        for candidate in intact:
+            name = candidate.assembly.blocks[0].donor
+            one = self.judged[candidate.assembly]
+            self.judged[candidate.assembly] = replace(one, measured=self.table.donors[name])
+
+    def _evaluate(self, candidates: list[Candidate]) -> None:
+        if not candidates:
+            return
+        run = self.context.console.track(candidates, "stitch")
+        stitched = tuple(execute(FitStitches(), self.context, c.assembly, timings=self.timings) for c in run)
+        scored = execute(Score(), self.context, stitched, timings=self.timings)
+        for candidate, one, scores in zip(candidates, stitched, scored.scores, strict=True):
+            predicted = self.select.predict(
+                candidate.assembly, self.cuts, self.embedded, self.partition, self.table, self.knowledge
+            )
+            self.judged[candidate.assembly] = Judged(one, scores, predicted)
+
+    def record(self, assembly: Assembly, latency: Latency) -> None:
+        """Keep a whole-network measurement, which the next solve takes into account."""
+        self.judged[assembly] = replace(self.judged[assembly], measured=latency)
+
+    def fits(self, one: Judged) -> bool:
+        """Whether the network meets all budgets by what is known: measured latency before predicted."""
+        limits = {
+            "params": self.select.params_m and self.select.params_m * 1e6,
+            "macs": self.select.macs_g and self.select.macs_g * 1e9,
+            "memory_mb": self.select.memory_mb,
+        }
+        for name, limit in limits.items():
+            value = one.predicted[name]
+            if limit is not None and value is not None and value > limit:
+                return False
+        budget = self.select.latency_ms
+        if budget is None:
+            return True
+        if one.measured is not None:
+            return one.measured.high_ms <= budget
+        latency = one.predicted["latency_ms"]
+        return latency is not None and latency <= budget * (1 - self.select.margin)
+
+    def fitting(self, *, intact: bool) -> Iterator[Judged]:
+        """Evaluated networks within the budgets."""
+        return (j for j in self.judged.values() if j.assembly.intact == intact and self.fits(j))
+
+    def best(self) -> Judged | None:
+        """The best network within the budgets, None where there is none.
+
+        An assembly replaces the best intact donor only if it answers significantly more images right: in a paired
+        comparison its wins exceed its losses by one standard deviation of their difference.
+        """
+        donor = max(self.fitting(intact=True), key=_rank, default=None)
+        for one in sorted(self.fitting(intact=False), key=_rank, reverse=True):
+            if donor is None or _better(one.scores, donor.scores):
+                return one
+        return donor
+
+
+def _rank(one: Judged) -> tuple[float, float]:
+    latency = one.measured.ms if one.measured else one.predicted["latency_ms"]
+    return one.scores.value, -(latency or 0.0)
+
+
+def _better(challenger: Scores, champion: Scores) -> bool:
+    wins = int((challenger.correct & ~champion.correct).sum())
+    losses = int((champion.correct & ~challenger.correct).sum())
+    return bool(wins - losses > (wins + losses) ** 0.5)

@@ -1,0 +1,68 @@
+"""From settings to a context: zoo, data, target, engine, solver, store and the live donors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from derc import registry
+from derc.console import Console
+from derc.data import Data
+from derc.errors import UsageError
+from derc.lowered import Lowered
+from derc.milp import choose
+from derc.passes.cut import CutDonors, find_cuts
+from derc.passes.lower import lower
+from derc.pipeline import Context
+from derc.store import Store
+from derc.target import Target
+from derc.zoo import Zoo
+
+if TYPE_CHECKING:
+    from derc.config import CompileSettings
+
+
+NEGLIGIBLE = CutDonors().negligible
+
+
+class LiveDonors(Mapping[str, Lowered]):
+    """Donors built, traced and cut on first use."""
+
+    def __init__(self, zoo: Zoo, negligible: float) -> None:
+        self.zoo = zoo
+        self.negligible = negligible
+        self._made: dict[str, Lowered] = {}
+
+    def __getitem__(self, name: str) -> Lowered:
+        if name not in self._made:
+            self._made[name] = self._lower(name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.zoo.names)
+
+    def __len__(self) -> int:
+        return len(self.zoo.donors)
+
+    def _lower(self, name: str) -> Lowered:
+        donor = self.zoo[name]
+        lowered = lower(donor.build(), donor.input_size, name=name, mean=donor.mean, std=donor.std)
+        return lowered.with_cuts(find_cuts(lowered.graph, self.negligible))
+
+
+def open_context(settings: CompileSettings, console: Console) -> Context:
+    """Everything a compile needs, checked; raises a DercError naming what is missing."""
+    target = Target.load(settings.target, threads=settings.threads, batch=settings.batch)
+    solver = choose(settings.solver)
+    engine = registry.load(registry.ENGINES, target.engine)(threads=target.threads)
+    checkpoint = Path(settings.checkpoint) if settings.checkpoint else None
+    zoo = Zoo.load(settings.zoo, checkpoint=checkpoint)
+    sizes = {donor.input_size for donor in zoo.donors}
+    if len(sizes) > 1:
+        text = ", ".join(f"{donor.name} {donor.input_size}" for donor in zoo.donors)
+        raise UsageError(f"the donors' input sizes differ ({text}): give all of them one input_size in the zoo file")
+    data = Data.load(settings.data, input_size=sizes.pop(), probe=settings.probe, seed=settings.seed)
+    store = Store.default(say=console.say, on_damage=console.say)
+    lowered = LiveDonors(zoo, NEGLIGIBLE)
+    return Context(zoo, data, target, store, engine, solver, lowered, console, settings.seed)

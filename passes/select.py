@@ -1,0 +1,174 @@
+"""select: the best assemblies within the budgets, by integer programming over the graph of blocks and stitches."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import ClassVar
+
+from derc import layered
+from derc.artifacts import (
+    Assembly,
+    Candidate,
+    CutZoo,
+    EmbeddedZoo,
+    Knowledge,
+    LatencyTable,
+    Partition,
+    Selection,
+)
+from derc.errors import DercError, InfeasibleError, UsageError
+from derc.learnt import Learnt, learn
+from derc.milp import Solution, Solver
+from derc.pipeline import Context
+from derc.selection_program import Budget, PathProgram
+
+KINDS = {
+    "latency_ms": ("--latency-ms", "ms", "fastest"),
+    "params_m": ("--params-m", "M parameters", "smallest"),
+    "macs_g": ("--macs-g", "G MACs", "lightest"),
+    "memory_mb": ("--memory-mb", "MB", "least memory"),
+}
+
+
+@dataclass(frozen=True)
+class Select:
+    """Finds the `top` best assemblies within all given budgets, each `diversity` blocks away from each better one.
+
+    Predicted latencies must stay below (1 − `margin`) of the budget, measured ones below the budget. `heads` are the
+    donors that may provide the last block (none named: all). `one_per_set` forbids leaving out an equivalence set.
+    `time_limit_s` bounds all solves together.
+    """
+
+    latency_ms: float | None = None
+    params_m: float | None = None
+    macs_g: float | None = None
+    memory_mb: float | None = None
+    top: int = 8
+    diversity: int = 1
+    margin: float = 0.0
+    one_per_set: bool = False
+    heads: tuple[str, ...] = ()
+    time_limit_s: float = 60.0
+    name: ClassVar[str] = "select"
+    produces: ClassVar[type] = Selection
+
+    def inputs(self, context: Context) -> str:
+        return context.solver.name
+
+    def run(
+        self,
+        context: Context,
+        cuts: CutZoo,
+        embedded: EmbeddedZoo,
+        partition: Partition,
+        table: LatencyTable | None,
+        knowledge: Knowledge,
+    ) -> Selection:
+        learnt = self.learn(cuts, embedded, partition, table, knowledge)
+        return select(learnt, self, context.solver)
+
+    def learn(
+        self,
+        cuts: CutZoo,
+        embedded: EmbeddedZoo,
+        partition: Partition,
+        table: LatencyTable | None,
+        knowledge: Knowledge,
+    ) -> Learnt:
+        """The graph of legal assemblies with predicted losses and latencies."""
+        graph = layered.build(cuts, partition, self.heads, one_per_set=self.one_per_set)
+        return learn(graph, cuts, embedded, table, knowledge)
+
+    def predict(
+        self,
+        assembly: Assembly,
+        cuts: CutZoo,
+        embedded: EmbeddedZoo,
+        partition: Partition,
+        table: LatencyTable | None,
+        knowledge: Knowledge,
+    ) -> dict[str, float | None]:
+        """`latency_ms` (None without a table), `params`, `macs` and `memory_mb` of one assembly."""
+        return self.learn(cuts, embedded, partition, table, knowledge).predict(assembly)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The given budgets. Raises UsageError for one that is not a positive number."""
+        given = {resource: getattr(self, resource) for resource in KINDS}
+        for resource, limit in given.items():
+            if limit is not None and not (isfinite(limit) and limit > 0):
+                raise UsageError(f"{KINDS[resource][0]} must be a positive number, not {limit}")
+        return tuple(Budget(r, KINDS[r][0], limit, *KINDS[r][1:]) for r, limit in given.items() if limit is not None)
+
+
+def select(learnt: Learnt, options: Select, solver: Solver) -> Selection:
+    """The best assemblies, best first, and how well the first is proved.
+
+    Raises InfeasibleError, which names the smallest achievable amounts, where no assembly meets the budgets, UsageError
+    for a latency budget without a latency table, DercError where time ran out before any assembly was found.
+    """
+    program, budgets = _program(learnt, options), options.budgets
+    deadline = time.monotonic() + options.time_limit_s
+    found: list[Assembly] = []
+    proof: Solution | None = None
+    while len(found) < options.top and not (found and time.monotonic() >= deadline):
+        integer = program.build("loss", budgets, tuple(found), options.diversity)
+        answer = solver.solve(integer, time_limit_s=max(deadline - time.monotonic(), 0.0))
+        if answer.x is None:
+            break
+        proof = proof or answer
+        found.append(program.read(answer.x))
+    if proof is None:
+        raise _failure(answer, program, budgets, solver, options)
+    candidates = tuple(Candidate(a, learnt.expected_loss(a), learnt.predict(a)) for a in found)
+    best = candidates[0].objective
+    return Selection(candidates, solver.name, proof.status, best, min(proof.bound, best), proof.gap)
+
+
+def _program(learnt: Learnt, options: Select) -> PathProgram:
+    if options.latency_ms is not None and learnt.latency_ms is None:
+        raise UsageError("--latency-ms needs a latency table: profile the zoo on a target first")
+    if not 0 <= options.margin < 1:
+        raise UsageError(f"the latency margin must be at least 0 and below 1, not {options.margin}")
+    if options.top < 1 or options.diversity < 1:
+        raise UsageError(f"top ({options.top}) and diversity ({options.diversity}) must be at least 1")
+    if not learnt.graph.entering[None]:
+        raise UsageError("no donor has a head that fits the task")
+    return PathProgram(learnt, options.margin)
+
+
+def _failure(
+    answer: Solution, program: PathProgram, budgets: tuple[Budget, ...], solver: Solver, options: Select
+) -> DercError:
+    if answer.status != "infeasible":
+        limit = f"{options.time_limit_s:g} s"
+        return DercError(f"{solver.name} found no assembly within {limit}: allow more time, or a larger budget")
+    least = {budget: _least(program, budget, solver, options.time_limit_s) for budget in budgets}
+    missed = {budget: reached for budget, reached in least.items() if reached[0] > budget.limit}
+    together = " together" if not missed and len(budgets) > 1 else ""
+    named = missed or least
+    asked = " and ".join(f"{budget.option} {budget.limit:g}" for budget in named)
+    best = "; ".join(
+        f"the {budget.least} that is achievable is {amount:.4g} {budget.unit} ({assembly})"
+        for budget, (amount, assembly) in named.items()
+    )
+    return InfeasibleError(f"no assembly of these donors meets {asked}{together}: {best}")
+
+
+def _least(program: PathProgram, budget: Budget, solver: Solver, time_limit_s: float) -> tuple[float, str]:
+    """The smallest achievable amount of one resource, without any budget, and the assembly that has it."""
+    answer = solver.solve(program.build(budget.resource), time_limit_s=time_limit_s)
+    return (inf, "none found in time") if answer.x is None else (answer.objective, spans(program.read(answer.x)))
+
+
+def spans(assembly: Assembly) -> str:
+    """The assembly with each donor's consecutive blocks as one span, such as ``resnet[0:5] | vit[3:9]``."""
+    runs: list[list[str | int]] = []
+    for block in assembly.blocks:
+        if runs and runs[-1][0] == block.donor and runs[-1][2] == block.first:
+            runs[-1][2] = block.last
+        else:
+            runs.append([block.donor, block.first, block.last])
+    return " | ".join(f"{donor}[{first}:{last}]" for donor, first, last in runs)

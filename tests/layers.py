@@ -1,0 +1,137 @@
+"""Random selection problems, and their answers by enumerating every path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from derc import layered, stitching
+from derc.artifacts import Assembly, BlockRef, CutZoo, EmbeddedZoo, Evaluated, Knowledge, LatencyTable, Partition
+from derc.learnt import Learnt
+from derc.passes.partition import PartitionZoo, partition
+from derc.passes.select import Select
+from tests.zoos import latency, random_cuts, random_embedded, table_of
+
+
+NOTHING = Knowledge()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that `select` reads."""
+
+    cuts: CutZoo
+    embedded: EmbeddedZoo
+    partition: Partition
+    table: LatencyTable
+
+    def learn(self, options: Select, knowledge: Knowledge = NOTHING) -> Learnt:
+        return options.learn(self.cuts, self.embedded, self.partition, self.table, knowledge)
+
+    def intact(self, donor: str) -> Assembly:
+        return Assembly(self.partition.blocks[donor])
+
+
+def random_problem(seed: int, sizes: tuple[int, ...], blocks: int = 3, *, accuracy: bool = True) -> Problem:
+    random = np.random.default_rng(seed)
+    cuts = random_cuts(seed, sizes)
+    embedded = random_embedded(seed, cuts, accuracy=accuracy)
+    found = partition(cuts, embedded, PartitionZoo(blocks=blocks, starts=4))
+    return Problem(cuts, embedded, found, random_table(random, cuts, found))
+
+
+def random_table(random: np.random.Generator, cuts: CutZoo, found: Partition) -> LatencyTable:
+    """Blocks at 1 ms per million MACs or so, stitches cheap, intact donors a little off their blocks' sum."""
+    blocks, donors = {}, {}
+    for name, chain in found.blocks.items():
+        for block in chain:
+            macs = sum(unit.macs for unit in cuts.donors[name].units[block.first : block.last])
+            blocks[str(block)] = macs / 1e6 * float(random.uniform(0.8, 1.2))
+        donors[name] = sum(blocks[str(block)] for block in chain) * float(random.uniform(0.8, 1.2))
+    stitches = {
+        edge.stitch: float(random.uniform(0.05, 0.3)) for edge in layered.build(cuts, found).edges if edge.stitch
+    }
+    return table_of(donors, blocks, stitches)
+
+
+def random_knowledge(seed: int, learnt: Learnt, count: int) -> Knowledge:
+    """Scores, latencies or both of some assemblies, not quite what is predicted."""
+    random = np.random.default_rng(seed)
+    every = list(paths(learnt))
+    seen = []
+    for place in random.permutation(len(every))[:count]:
+        expected = learnt.predict(every[place])["latency_ms"] or 1.0
+        timed = latency(expected * float(random.uniform(0.7, 1.4)))
+        scored = float(random.uniform(0.1, 0.95))
+        kind = random.integers(3)
+        seen.append(Evaluated(every[place], scored if kind else None, timed if kind != 1 else None))
+    return Knowledge(tuple(seen))
+
+
+def legal(problem: Problem, options: Select) -> Iterator[Assembly]:
+    """Every assembly, straight from the definition: no use of the layered graph."""
+    chains = problem.partition.blocks
+    blocks = [block for chain in chains.values() for block in chain]
+    heads = options.heads or tuple(chains)
+
+    def joins(a: BlockRef, b: BlockRef) -> bool:
+        if b.set <= a.set or (options.one_per_set and b.set != a.set + 1):
+            return False
+        before = problem.cuts.donors[a.donor].cuts[a.last].type
+        after = problem.cuts.donors[b.donor].cuts[b.first].type
+        return (a.donor == b.donor and a.last == b.first) or stitching.convertible(before, after)
+
+    def grow(prefix: tuple[BlockRef, ...]) -> Iterator[Assembly]:
+        last = prefix[-1]
+        if last.last == len(problem.cuts.donors[last.donor].units) and last.donor in heads:
+            yield Assembly(prefix)
+        for block in blocks:
+            if joins(last, block):
+                yield from grow((*prefix, block))
+
+    for block in blocks:
+        if block.first == 0:
+            yield from grow((block,))
+
+
+def paths(learnt: Learnt) -> Iterator[Assembly]:
+    """Every path of the layered graph."""
+
+    def grow(prefix: tuple[BlockRef, ...]) -> Iterator[Assembly]:
+        for place in learnt.graph.leaving[prefix[-1] if prefix else None]:
+            target = learnt.graph.edges[place].target
+            if target is None:
+                yield Assembly(prefix)
+            else:
+                yield from grow((*prefix, target))
+
+    yield from grow(())
+
+
+def effective_latency(learnt: Learnt, options: Select, assembly: Assembly) -> float:
+    """What the latency budget is compared with."""
+    if assembly in learnt.measured:
+        return learnt.measured[assembly][1]
+    return (learnt.predict(assembly)["latency_ms"] or 0.0) / (1 - options.margin)
+
+
+def amounts(learnt: Learnt, options: Select, assembly: Assembly) -> dict[str, float]:
+    predicted = learnt.predict(assembly)
+    return {
+        "latency_ms": effective_latency(learnt, options, assembly),
+        "params_m": (predicted["params"] or 0) / 1e6,
+        "macs_g": (predicted["macs"] or 0) / 1e9,
+        "memory_mb": predicted["memory_mb"] or 0,
+    }
+
+
+def fits(learnt: Learnt, options: Select, assembly: Assembly) -> bool:
+    limits = {name: getattr(options, name) for name in ("latency_ms", "params_m", "macs_g", "memory_mb")}
+    amount = amounts(learnt, options, assembly)
+    return all(limit is None or amount[name] <= limit * (1 + 1e-9) for name, limit in limits.items())
+
+
+def without_accuracy(problem: Problem) -> Problem:
+    return replace(problem, embedded=replace(problem.embedded, accuracy={}))

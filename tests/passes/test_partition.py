@@ -1,0 +1,174 @@
+"""The partition against brute force, and the promises that it makes about its blocks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import combinations, pairwise, product
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from derc.artifacts import BlockRef, CutDonor, CutId, CutZoo, EmbeddedZoo, Partition
+from derc.backends.gurobi import Gurobi
+from derc.backends.highs import Highs
+from derc.errors import UsageError
+from derc.passes.partition import PartitionZoo, partition
+from tests.zoos import random_cuts, random_embedded
+
+Ends = tuple[int, ...]
+
+
+def similarity(embedded: EmbeddedZoo, one: tuple[str, int], other: tuple[str, int]) -> float:
+    rows = embedded.position
+    return float(embedded.similarity[rows[CutId(*one)], rows[CutId(*other)]])
+
+
+def objective(embedded: EmbeddedZoo, ends: dict[str, Ends]) -> float:
+    """Σ over sets and donor pairs of s(in, in') + s(out, out'), term by term."""
+    total = 0.0
+    for one, other in combinations(ends, 2):
+        for k in range(len(ends[one]) - 1):
+            total += similarity(embedded, (one, ends[one][k]), (other, ends[other][k]))
+            total += similarity(embedded, (one, ends[one][k + 1]), (other, ends[other][k + 1]))
+    return total
+
+
+def largest_share(donor: CutDonor, ends: Ends) -> float:
+    macs = [unit.macs for unit in donor.units]
+    sizes = [sum(macs[a:b]) for a, b in pairwise(ends)]
+    return max(sizes) * (len(ends) - 1) / sum(macs)
+
+
+def all_ends(donor: CutDonor, blocks: int) -> list[Ends]:
+    last = len(donor.units)
+    return [(0, *inner, last) for inner in combinations(range(1, last), blocks - 1)]
+
+
+def brute_force(cuts: CutZoo, embedded: EmbeddedZoo, options: PartitionZoo) -> float:
+    menus = []
+    for donor in cuts.donors.values():
+        every = all_ends(donor, options.blocks)
+        limit = max(1 + options.epsilon, min(largest_share(donor, ends) for ends in every))
+        menus.append([ends for ends in every if largest_share(donor, ends) <= limit * (1 + 1e-12)])
+    return max(objective(embedded, dict(zip(cuts.donors, ends, strict=True))) for ends in product(*menus))
+
+
+def ends_of(found: Partition) -> dict[str, Ends]:
+    return {name: (0, *(block.last for block in blocks)) for name, blocks in found.blocks.items()}
+
+
+def check_promises(cuts: CutZoo, found: Partition, options: PartitionZoo) -> None:
+    for name, donor in cuts.donors.items():
+        blocks = found.blocks[name]
+        assert [block.set for block in blocks] == list(range(options.blocks))
+        assert blocks[0].first == 0
+        assert blocks[-1].last == len(donor.units)
+        assert all(a.last == b.first for a, b in pairwise(blocks))
+        assert all(block.first < block.last for block in blocks)
+        share = largest_share(donor, ends_of(found)[name])
+        assert share <= (1 + found.epsilon[name]) * (1 + 1e-9)
+        least = min(largest_share(donor, ends) for ends in all_ends(donor, options.blocks)) - 1
+        assert found.epsilon[name] == pytest.approx(max(options.epsilon, least))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(3, 6), min_size=1, max_size=4),
+    blocks=st.integers(1, 3),
+    epsilon=st.sampled_from([0.0, 0.2, 1.0]),
+)
+def test_search_and_program_against_brute_force(seed: int, sizes: list[int], blocks: int, epsilon: float) -> None:
+    cuts = random_cuts(seed, tuple(sizes))
+    embedded = random_embedded(seed, cuts)
+    options = PartitionZoo(blocks=blocks, epsilon=epsilon)
+    truth = brute_force(cuts, embedded, options)
+    found = partition(cuts, embedded, options, seed=seed)
+    exact = partition(cuts, embedded, options, seed=seed, solver=Highs())
+    check_promises(cuts, found, options)
+    check_promises(cuts, exact, options)
+    assert found.objective == pytest.approx(objective(embedded, ends_of(found)))
+    assert found.objective == pytest.approx(truth, abs=1e-7)
+    assert exact.objective == pytest.approx(truth, abs=1e-7)
+    assert exact.bound is not None
+    assert exact.objective <= exact.bound <= truth + 1e-4
+
+
+def test_the_integer_program_alone_finds_the_optimum() -> None:
+    cuts = random_cuts(7, (6, 5, 6))
+    embedded = random_embedded(7, cuts)
+    options = PartitionZoo(blocks=3, starts=1)
+    exact = partition(cuts, embedded, options, solver=Gurobi())
+    assert exact.objective == pytest.approx(brute_force(cuts, embedded, options))
+
+
+def test_a_zoo_of_24_donors_takes_less_than_a_second_and_is_deterministic() -> None:
+    cuts = random_cuts(3, (30,) * 24)
+    embedded = random_embedded(3, cuts)
+    start = time.perf_counter()
+    first = partition(cuts, embedded, PartitionZoo(), seed=5)
+    assert time.perf_counter() - start < 1.0
+    assert first == partition(cuts, embedded, PartitionZoo(), seed=5)
+    assert first.objective > partition(cuts, embedded, PartitionZoo(starts=1), seed=5).objective - 1e-9
+
+
+def test_a_zoo_of_one_donor_takes_the_narrow_cuts() -> None:
+    cuts = random_cuts(1, (8,))
+    embedded = random_embedded(1, cuts)
+    found = partition(cuts, embedded, PartitionZoo(blocks=3, epsilon=3.0))
+    inner = [cut.type.numel for cut in cuts.donors["d0"].cuts[1:-1]]
+    chosen = [cuts.donors["d0"].cuts[block.last].type.numel for block in found.blocks["d0"][:-1]]
+    assert sum(chosen) == sum(sorted(inner)[:2])
+
+
+def test_equal_similarity_prefers_the_narrower_cut() -> None:
+    cuts = random_cuts(2, (5, 5))
+    embedded = random_embedded(2, cuts)
+    flat = replace(embedded, similarity=np.ones_like(embedded.similarity))
+    found = partition(cuts, flat, PartitionZoo(blocks=2, epsilon=1.0))
+    for name, donor in cuts.donors.items():
+        narrowest = min(cut.type.numel for cut in donor.cuts[1:-1])
+        assert donor.cuts[found.blocks[name][0].last].type.numel == narrowest
+
+
+def test_one_unit_too_big_for_its_share_takes_the_least_slack() -> None:
+    cuts = random_cuts(4, (4,))
+    donor = cuts.donors["d0"]
+    units = tuple(replace(unit, macs=size) for unit, size in zip(donor.units, (10, 70, 10, 10), strict=True))
+    cuts = CutZoo({"d0": replace(donor, units=units)})
+    found = partition(cuts, random_embedded(4, cuts), PartitionZoo(blocks=2, epsilon=0.2))
+    assert found.epsilon["d0"] == pytest.approx(0.6)
+
+
+def test_too_few_units_names_the_donor_and_the_option() -> None:
+    cuts = random_cuts(0, (6, 3))
+    with pytest.raises(UsageError, match=r"donor d1 has 3 units.*--blocks 3"):
+        partition(cuts, random_embedded(0, cuts), PartitionZoo(blocks=4))
+
+
+@pytest.mark.parametrize(("options", "word"), [(PartitionZoo(0), "--blocks"), (PartitionZoo(4, -1), "--epsilon")])
+def test_bad_options(options: PartitionZoo, word: str) -> None:
+    cuts = random_cuts(0, (6,))
+    with pytest.raises(UsageError, match=word):
+        partition(cuts, random_embedded(0, cuts), options)
+
+
+class Bench:
+    """The parts of a context that the pass reads."""
+
+    seed = 0
+    solver = Highs()
+
+
+def test_the_pass_runs_from_a_context_and_keys_on_its_seed() -> None:
+    cuts = random_cuts(0, (6, 5))
+    context = cast(Any, Bench())
+    step = PartitionZoo(blocks=3, exact=True)
+    found = step.run(context, cuts, random_embedded(0, cuts))
+    assert found.bound is not None
+    assert found.blocks["d0"][0] == BlockRef("d0", 0, found.blocks["d0"][0].last, 0)
+    assert step.inputs(context) == "0 highs"

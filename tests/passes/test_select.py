@@ -1,0 +1,226 @@
+"""The selection against enumeration of all paths, for every budget and both solvers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from derc.artifacts import Assembly, Evaluated, Knowledge
+from derc.backends.gurobi import Gurobi
+from derc.backends.highs import Highs
+from derc.errors import DercError, InfeasibleError, UsageError
+from derc.learnt import Learnt
+from derc.milp import IntegerProgram, Solution, Solver
+from derc.passes.select import Select, select, spans
+from tests.layers import Problem, amounts, fits, paths, random_knowledge, random_problem
+from tests.zoos import latency
+
+RESOURCES = ("latency_ms", "params_m", "macs_g", "memory_mb")
+both = pytest.mark.parametrize("solver", [Highs(), Gurobi()], ids=lambda solver: solver.name)
+
+
+def budgeted(problem: Problem, learnt: Learnt, options: Select, names: tuple[str, ...], share: float) -> Select:
+    """`options` with budgets at the quantile `share` of what the assemblies take."""
+    taken = [amounts(learnt, options, assembly) for assembly in paths(learnt)]
+    return replace(options, **{n: float(np.quantile([t[n] for t in taken], share)) for n in names})
+
+
+def overlap(one: Assembly, other: Assembly) -> int:
+    return len(set(one.blocks) & set(other.blocks))
+
+
+def enumerate_top(learnt: Learnt, options: Select) -> list[float]:
+    """Losses of the top solutions, each the best that differs enough from those before."""
+    feasible = sorted((a for a in paths(learnt) if fits(learnt, options, a)), key=learnt.expected_loss)
+    chosen: list[Assembly] = []
+    for assembly in feasible:
+        far = all(overlap(a, assembly) <= max(len(a.blocks) - options.diversity, 0) for a in chosen)
+        if far and len(chosen) < options.top:
+            chosen.append(assembly)
+    return [learnt.expected_loss(assembly) for assembly in chosen]
+
+
+@both
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(3, 6), min_size=1, max_size=3),
+    names=st.sets(st.sampled_from(RESOURCES)),
+    share=st.floats(0.05, 1.0),
+    options=st.builds(
+        Select,
+        top=st.integers(1, 4),
+        diversity=st.integers(1, 3),
+        margin=st.sampled_from([0.0, 0.15]),
+        one_per_set=st.booleans(),
+        heads=st.sampled_from([(), ("d0",)]),
+    ),
+    evaluated=st.integers(0, 6),
+)
+def test_against_enumeration(
+    solver: Solver,
+    seed: int,
+    sizes: list[int],
+    names: set[str],
+    share: float,
+    options: Select,
+    evaluated: int,
+) -> None:
+    problem = random_problem(seed, tuple(sizes))
+    learnt = problem.learn(options, random_knowledge(seed, problem.learn(options), evaluated))
+    options = budgeted(problem, learnt, options, tuple(sorted(names)), share)
+    truth = enumerate_top(learnt, options)
+    if not truth:
+        with pytest.raises(InfeasibleError):
+            select(learnt, options, solver)
+        return
+    found = select(learnt, options, solver)
+    assert [c.objective for c in found.candidates] == pytest.approx(truth, abs=1e-6)
+    assert all(fits(learnt, options, candidate.assembly) for candidate in found.candidates)
+    assert all(c.predicted == learnt.predict(c.assembly) for c in found.candidates)
+    assert found.status == "optimal"
+    assert found.bound <= found.objective <= found.bound + 1e-5
+
+
+@both
+def test_no_regret(solver: Solver) -> None:
+    problem = random_problem(1, (6, 5, 4, 5))
+    for name, known in problem.table.donors.items():
+        options = Select(latency_ms=known.high_ms, margin=0.3, top=1)
+        learnt = problem.learn(options)
+        assert fits(learnt, options, problem.intact(name))
+        assert select(learnt, options, solver).objective <= learnt.expected_loss(problem.intact(name)) + 1e-9
+
+
+@both
+def test_later_solutions_differ_by_the_diversity(solver: Solver) -> None:
+    problem = random_problem(2, (6, 6, 6), blocks=4)
+    options = Select(top=6, diversity=2)
+    found = [c.assembly for c in select(problem.learn(options), options, solver).candidates]
+    assert len(found) == 6
+    for place, later in enumerate(found):
+        assert all(overlap(earlier, later) <= len(earlier.blocks) - 2 for earlier in found[:place])
+
+
+def test_what_measured_over_budget_is_not_proposed_again() -> None:
+    problem = random_problem(3, (5, 5, 5))
+    options = Select(latency_ms=float(np.median([known.ms for known in problem.table.donors.values()])))
+    knowledge, best = Knowledge(), None
+    for _ in range(5):
+        found = select(problem.learn(options, knowledge), options, Highs()).candidates
+        assert all(one.assembly not in [c.assembly for c in found] for one in knowledge.evaluated)
+        best = found[0].assembly
+        over = Evaluated(best, None, latency(1.05 * (options.latency_ms or 0)))
+        knowledge = Knowledge((*knowledge.evaluated, over))
+
+
+def test_a_good_assembly_that_was_evaluated_is_proposed_again() -> None:
+    problem = random_problem(3, (5, 5, 5))
+    options = Select()
+    last = select(problem.learn(options), options, Highs()).candidates[-1].assembly
+    learnt = problem.learn(options, Knowledge((Evaluated(last, 0.999),)))
+    assert select(learnt, options, Highs()).candidates[0].assembly == last
+
+
+def test_an_unreachable_budget_names_the_best_that_is_achievable() -> None:
+    problem = random_problem(4, (5, 5))
+    options = Select(latency_ms=0.01)
+    learnt = problem.learn(options)
+    fastest = min(paths(learnt), key=lambda a: amounts(learnt, options, a)["latency_ms"])
+    least = amounts(learnt, options, fastest)["latency_ms"]
+    with pytest.raises(InfeasibleError) as caught:
+        select(learnt, options, Highs())
+    assert str(caught.value) == (
+        f"no assembly of these donors meets --latency-ms 0.01: "
+        f"the fastest that is achievable is {least:.4g} ms ({spans(fastest)})"
+    )
+
+
+def test_each_unreachable_budget_is_named_and_only_those() -> None:
+    problem = random_problem(4, (5, 5))
+    options = Select(latency_ms=1e6, params_m=1e-6, macs_g=1e-9, memory_mb=1e-5)
+    with pytest.raises(
+        InfeasibleError, match=r"--params-m 1e-06 and --macs-g 1e-09 and --memory-mb 1e-05: the"
+    ) as caught:
+        select(problem.learn(options), options, Highs())
+    assert "--latency-ms" not in str(caught.value)
+    assert "together" not in str(caught.value)
+
+
+def test_budgets_that_only_clash_together_are_all_named() -> None:
+    for seed in range(50):
+        problem = random_problem(seed, (5, 5))
+        options = Select()
+        learnt = problem.learn(options)
+        taken = [amounts(learnt, options, assembly) for assembly in paths(learnt)]
+        least = {name: min(t[name] for t in taken) for name in ("latency_ms", "params_m")}
+        if not any(all(t[name] <= least[name] * 1.001 for name in least) for t in taken):
+            break
+    options = Select(latency_ms=least["latency_ms"] * 1.0005, params_m=least["params_m"] * 1.0005)
+    with pytest.raises(InfeasibleError, match=r"--latency-ms .* and --params-m .* together: the fastest .* smallest"):
+        select(learnt, options, Highs())
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", RESOURCES)
+def test_a_budget_must_be_a_positive_number(name: str, limit: float) -> None:
+    with pytest.raises(UsageError, match="must be a positive number"):
+        _ = Select(**cast(Any, {name: limit})).budgets
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(Select(margin=1.0), "margin"), (Select(top=0), "top"), (Select(heads=("nobody",)), "no donor has a head")],
+)
+def test_bad_options(options: Select, message: str) -> None:
+    problem = random_problem(0, (4,))
+    with pytest.raises(UsageError, match=message):
+        select(problem.learn(options), options, Highs())
+
+
+def test_without_a_table_there_is_no_latency_budget_but_the_others_work() -> None:
+    problem = random_problem(0, (4, 4))
+    learn = (problem.cuts, problem.embedded, problem.partition, None, Knowledge())
+    options = Select(params_m=1.0)
+    found = select(options.learn(*learn), options, Highs())
+    assert found.candidates[0].predicted["latency_ms"] is None
+    with pytest.raises(UsageError, match="needs a latency table"):
+        select(options.learn(*learn), Select(latency_ms=1.0), Highs())
+
+
+class Slow:
+    """A solver whose time is always out."""
+
+    name = "slow"
+
+    def solve(self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6) -> Solution:
+        return Solution("unknown", None, np.inf, -np.inf, np.inf)
+
+
+def test_time_out_without_an_answer_says_so() -> None:
+    problem = random_problem(0, (4, 4))
+    with pytest.raises(DercError, match="slow found no assembly within 60 s"):
+        select(problem.learn(Select()), Select(), Slow())
+
+
+class Bench:
+    """The parts of a context that the pass reads."""
+
+    solver = Highs()
+
+
+def test_a_zoo_of_one_donor_selects_itself_and_the_pass_runs_from_a_context() -> None:
+    problem = random_problem(0, (6,), blocks=4)
+    step, context = Select(), cast(Any, Bench())
+    found = step.run(context, problem.cuts, problem.embedded, problem.partition, problem.table, Knowledge())
+    assert found.candidates[0].assembly == problem.intact("d0")
+    assert found.solver == step.inputs(context) == "highs"
+    predicted = step.predict(
+        problem.intact("d0"), problem.cuts, problem.embedded, problem.partition, problem.table, Knowledge()
+    )
+    assert predicted == found.candidates[0].predicted

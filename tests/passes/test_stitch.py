@@ -1,0 +1,116 @@
+"""Ridge stitches: exact where an exact one exists, and better than random on real activations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from derc import stitching
+from derc.artifacts import Assembly, BlockRef
+from derc.assembled import assemble
+from derc.data import Split
+from derc.errors import DercError
+from derc.ir import Layout, TensorType
+from derc.passes.stitch import FitStitches, Moments, body_rows, ridge
+from tests.world import make_context
+
+KINDS = [
+    TensorType((6, 8, 8), Layout.NCHW),
+    TensorType((4, 4, 5), Layout.NHWC),
+    TensorType((17, 7), Layout.NLC, prefix=1, grid=(4, 4)),
+    TensorType((64, 4), Layout.NLC, grid=(8, 8)),
+    TensorType((9,), Layout.NC),
+]
+
+
+def probe(count: int = 80) -> Split:
+    rng = np.random.default_rng(0)
+    return Split(rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), None)
+
+
+class Project(nn.Module):
+    """A fixed random linear map of the image to a value of the type."""
+
+    def __init__(self, kind: TensorType, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.kind = kind
+        self.weight = torch.randn(192, kind.numel, generator=generator) / 14
+
+    def forward(self, x):
+        return (x.flatten(1) @ self.weight).unflatten(1, self.kind.shape)
+
+
+@pytest.mark.parametrize("source", KINDS)
+@pytest.mark.parametrize("target", KINDS)
+def test_a_stitch_that_exists_is_found(source, target):
+    if not stitching.convertible(source, target):
+        pytest.skip("a map cannot be made from pooled features: no stitch between these types")
+    truth = stitching.build(source, target)
+    front = Project(source, 1)
+    stitch = stitching.build(source, target)
+    error = FitStitches(batch=16).fit(stitch, front, nn.Sequential(front, truth), probe(400))
+    assert error < 1e-3
+    x = next(iter(probe().batches(8)))[0]
+    with torch.no_grad():
+        want, got = truth(front(x)), stitch(front(x))
+    assert (want - got).norm() < 0.02 * want.norm()
+
+
+def test_ridge_is_the_least_squares_solution():
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((50, 4)), rng.standard_normal((50, 3))
+    moments = Moments(4, 3)
+    moments.add(torch.from_numpy(x[:20]), torch.from_numpy(y[:20]))
+    moments.add(torch.from_numpy(x[20:]), torch.from_numpy(y[20:]))
+    design = np.concatenate([x, np.ones((50, 1))], 1)
+    want, residual, _, _ = np.linalg.lstsq(design, y, rcond=None)
+    got = moments.solve(0.0)
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-10)
+    share = residual.sum() / ((y - y.mean(0)) ** 2).sum()
+    assert moments.unexplained(got) == pytest.approx(share)
+
+
+def test_the_penalty_is_chosen_on_what_was_held_back():
+    rng = np.random.default_rng(2)
+    fit, held = Moments(40, 2), Moments(40, 2)
+    for moments, count in ((fit, 42), (held, 300)):
+        x = torch.from_numpy(rng.standard_normal((count, 40)))
+        noise = torch.from_numpy(rng.standard_normal((count, 2)))
+        moments.add(x, x[:, :2] * 0.1 + noise)
+    _, error = ridge(fit, held)
+    assert error < held.unexplained(fit.solve(0.0))
+
+
+def test_fewer_probes_than_channels_still_fit():
+    source, target = TensorType((300,), Layout.NC), TensorType((5,), Layout.NC)
+    front = Project(source, 1)
+    stitch = stitching.build(source, target)
+    error = FitStitches(batch=8).fit(stitch, front, nn.Sequential(front, stitching.build(source, target)), probe(40))
+    assert np.isfinite(error)
+    assert all(torch.isfinite(p).all() for p in stitch.parameters())
+
+
+def test_broken_activations_are_refused():
+    kind = TensorType((3, 8, 8), Layout.NCHW)
+    with pytest.raises(DercError, match="not finite"):
+        FitStitches().fit(stitching.build(kind, kind), nn.Identity(), nn.Threshold(2.0, float("nan")), probe())
+
+
+def test_fitted_assembly_follows_the_tail_donor_better_than_random(tmp_path):
+    context = make_context(tmp_path, "resnet", "vit", probe=128)
+    u, v = (len(context.lowered[n].units) for n in ("resnet", "vit"))
+    assembly = Assembly((BlockRef("resnet", 0, u // 2, 0), BlockRef("vit", v // 2, v, 1)))
+    stitched = FitStitches().run(context, assembly)
+    assert len(stitched.states) == 1
+    assert stitched.residual[0] < 1
+    fitted = assemble(assembly, context.lowered, stitched.states)
+    torch.manual_seed(0)
+    random = assemble(assembly, context.lowered)
+    x = next(iter(context.data.validation.batches(64)))[0]
+    with torch.no_grad():
+        target = context.lowered["vit"].program.eval()(x)
+        errors = [(network(x) - target).square().mean().item() for network in (fitted, random)]
+    assert errors[0] < errors[1]

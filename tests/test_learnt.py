@@ -1,0 +1,163 @@
+"""What is learnt from evaluated assemblies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from derc.artifacts import Assembly, Evaluated, Knowledge, LatencyTable
+from derc.errors import DercError
+from derc.learnt import corrections, latencies, margin_from, prior_loss
+from derc.passes.select import Select
+from tests.layers import paths, random_knowledge, random_problem, without_accuracy
+from tests.zoos import latency, table_of
+
+
+def test_an_intact_donor_costs_its_own_error_and_its_own_time() -> None:
+    problem = random_problem(0, (6, 5, 4))
+    learnt = problem.learn(Select())
+    for name, accuracy in problem.embedded.accuracy.items():
+        intact = problem.intact(name)
+        assert learnt.expected_loss(intact) == pytest.approx(1 - accuracy)
+        assert learnt.predict(intact)["latency_ms"] == problem.table.donors[name].ms
+        path = list(learnt.graph.path(intact) or ())
+        assert learnt.latency_ms is not None
+        assert learnt.latency_ms[path].sum() == pytest.approx(problem.table.donors[name].ms, rel=0.3)
+
+
+def test_a_donor_of_unknown_accuracy_counts_as_the_mean() -> None:
+    problem = random_problem(0, (4, 4, 4))
+    known = {"d0": 0.9, "d1": 0.7}
+    learnt = replace(problem, embedded=replace(problem.embedded, accuracy=known)).learn(Select())
+    assert learnt.expected_loss(problem.intact("d2")) == pytest.approx(0.2)
+
+
+def test_without_accuracies_the_larger_donor_is_preferred() -> None:
+    problem = without_accuracy(random_problem(2, (4, 6, 5)))
+    learnt = problem.learn(Select())
+    macs = {name: sum(unit.macs for unit in donor.units) for name, donor in problem.cuts.donors.items()}
+    by_size = sorted(macs, key=lambda name: -macs[name])
+    assert by_size == sorted(macs, key=lambda name: learnt.expected_loss(problem.intact(name)))
+
+
+def test_leaving_out_sets_is_no_bargain() -> None:
+    problem = random_problem(3, (6, 6), blocks=4)
+    graph = problem.learn(Select()).graph
+    loss = prior_loss(graph, problem.cuts, problem.embedded)
+    for place, edge in enumerate(graph.edges):
+        assert loss[place] >= edge.skipped / 4
+
+
+def test_a_measured_assembly_predicts_itself_and_moves_its_neighbours() -> None:
+    problem = random_problem(4, (5, 5, 5))
+    before = problem.learn(Select())
+    stitched = [assembly for assembly in paths(before) if not assembly.intact]
+    slow, other = stitched[0], next(a for a in stitched[1:] if set(a.blocks) & set(stitched[0].blocks))
+    expected = before.predict(slow)["latency_ms"] or 0.0
+    knowledge = Knowledge((Evaluated(slow, 0.3, latency(2 * expected)),))
+    after = problem.learn(Select(), knowledge)
+    assert after.predict(slow)["latency_ms"] == 2 * expected
+    assert after.latency_ms is not None
+    assert after.latency_ms[list(after.graph.path(slow) or ())].sum() == pytest.approx(2 * expected, rel=0.01)
+    assert (after.predict(other)["latency_ms"] or 0) > (before.predict(other)["latency_ms"] or 0)
+    assert after.expected_loss(slow) == pytest.approx(0.7)
+
+
+def test_later_measurements_replace_earlier_ones() -> None:
+    problem = random_problem(4, (5, 5))
+    intact = problem.intact("d0")
+    knowledge = Knowledge((Evaluated(intact, None, latency(7.0)), Evaluated(intact, None, latency(8.0))))
+    assert problem.learn(Select(), knowledge).predict(intact)["latency_ms"] == 8.0
+
+
+def test_additive_truth_is_learnt_from_samples() -> None:
+    problem = random_problem(5, (5, 5, 5, 5))
+    before = problem.learn(Select())
+    random = np.random.default_rng(0)
+    truth = before.loss + random.normal(0, 0.1, len(before.loss))
+    every = [a for a in paths(before) if not a.intact]
+    order = random.permutation(len(every))
+    seen, unseen = [every[i] for i in order[:40]], [every[i] for i in order[40:]]
+    value = {a: float(truth[list(before.graph.path(a) or ())].sum()) for a in every}
+    after = problem.learn(Select(), Knowledge(tuple(Evaluated(a, 1 - value[a]) for a in seen)))
+    errors = [[abs(m.expected_loss(a) - value[a]) for a in unseen] for m in (before, after)]
+    assert np.mean(errors[1]) < 0.5 * np.mean(errors[0])
+
+
+def test_corrections_are_those_of_the_explicit_regression() -> None:
+    problem = random_problem(6, (4, 4, 4))
+    learnt = problem.learn(Select())
+    graph = learnt.graph
+    known = {a: float(i % 5) for i, a in enumerate(list(paths(learnt))[::7])}
+    spreads = (0.3, 0.2, 0.5, 0.1)
+    number = {block: i for i, block in enumerate(graph.blocks)}
+    design = np.zeros((len(graph.edges), 1 + len(number) + len(graph.edges)))
+    for place, edge in enumerate(graph.edges):
+        design[place, 0] = 0.3 * (edge.stitch is not None)
+        if edge.target is not None:
+            design[place, 1 + number[edge.target]] = 0.2
+            design[place, 1 + len(number) + place] = 0.5
+    rows = np.array([design[list(graph.path(a) or ())].sum(axis=0) for a in known])
+    residual = np.array([v - learnt.loss[list(graph.path(a) or ())].sum() for a, v in known.items()])
+    weights = np.linalg.solve(rows.T @ rows + 0.01 * np.eye(rows.shape[1]), rows.T @ residual)
+    assert corrections(graph, known, learnt.loss, spreads) == pytest.approx(design @ weights, abs=1e-8)
+
+
+def test_assemblies_of_another_partition_are_left_out() -> None:
+    problem = random_problem(7, (6, 6))
+    foreign = Assembly(tuple(replace(block, last=block.last + 1) for block in problem.partition.blocks["d0"]))
+    learnt = problem.learn(Select(), Knowledge((Evaluated(foreign, 0.9, latency(1.0)),)))
+    assert foreign not in learnt.losses
+    with pytest.raises(DercError, match="is not an assembly of this partition"):
+        learnt.predict(foreign)
+
+
+def test_a_table_of_another_partition_is_an_error() -> None:
+    problem = random_problem(7, (6, 6))
+    with pytest.raises(DercError, match="no block d0"):
+        replace(problem, table=replace(problem.table, blocks={})).learn(Select())
+
+
+def test_latencies_stay_positive() -> None:
+    problem = random_problem(8, (5, 5))
+    fast = {name: latency(1e-6) for name in problem.table.donors}
+    learnt = replace(problem, table=replace(problem.table, donors=fast)).learn(Select())
+    assert learnt.latency_ms is not None
+    inner = [edge.target is not None for edge in learnt.graph.edges]
+    assert (learnt.latency_ms[inner] > 0).all()
+
+
+def overhead_table(extra: float) -> LatencyTable:
+    """Three donors of three blocks, of which the last takes `extra` times the sum of its blocks."""
+    blocks = {f"{name}[{i}:{i + 1}]": 1.0 for name in "abc" for i in range(3)}
+    return table_of({"a": 3.0, "b": 3.0, "c": 3.0 * extra}, blocks, {})
+
+
+@pytest.mark.parametrize(("extra", "margin"), [(1.0, 0.02), (1.25, 0.2), (0.8, 0.1)])
+def test_the_margin_is_the_worst_underestimate_of_the_intact_donors(extra: float, margin: float) -> None:
+    assert margin_from(overhead_table(extra)) == pytest.approx(margin, abs=0.001)
+
+
+def test_the_margin_of_one_donor_is_what_its_blocks_miss() -> None:
+    table = table_of({"a": 4.0}, {"a[0:1]": 1.0, "a[1:2]": 2.0}, {})
+    assert margin_from(table) == pytest.approx(0.25)
+
+
+def test_measured_assemblies_count_in_the_margin() -> None:
+    problem = random_problem(9, (5, 5, 5))
+    learnt = problem.learn(Select())
+    slow = next(a for a in paths(learnt) if not a.intact)
+    knowledge = Knowledge((Evaluated(slow, None, latency(10 * (learnt.predict(slow)["latency_ms"] or 0))),))
+    assert margin_from(problem.table, knowledge, learnt.graph) == pytest.approx(0.9)
+
+
+def test_refitting_is_deterministic() -> None:
+    problem = random_problem(10, (5, 5, 5))
+    learnt = problem.learn(Select())
+    knowledge = random_knowledge(1, learnt, 10)
+    one, two = problem.learn(Select(), knowledge), problem.learn(Select(), knowledge)
+    assert np.array_equal(one.loss, two.loss)
+    known = {a: ms for a, (ms, _) in one.measured.items()}
+    assert np.array_equal(latencies(learnt.graph, problem.table, known), two.latency_ms)
