@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,36 +90,25 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load_torch(path: Path) -> Any:
+    """What torch.load makes of `path` when it may only make tensors and containers."""
     import torch
 
+    with path.open("rb") as file:
+        head = file.read(2)
+    zipped = head == b"PK"
+    if not zipped and head[:1] != b"\x80":
+        raise UsageError(f"{path} is not a checkpoint: safetensors or a PyTorch state dict is expected")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights only" in str(error).lower() and _is_pickle(path):
-            raise UsageError(
-                f"checkpoint {path} holds pickled code, which derc does not run: where you trust it, {CONVERT}"
-            ) from error
-        raise UsageError(f"{path} is not a checkpoint: expected safetensors or a PyTorch state dict") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        if zipped(path):
-            raise UsageError(f"checkpoint {path} is truncated or damaged: download or copy it again") from error
-        raise UsageError(
-            f"{path} cannot be read as a checkpoint: expected safetensors or a PyTorch state dict"
-        ) from error
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is not a checkpoint: expected safetensors or a PyTorch state dict") from error
-
-
-def zipped(path: Path) -> bool:
-    """Whether `path` starts as a zip archive does, as checkpoints since PyTorch 1.6 do."""
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether `path` is a zip archive or starts with the pickle opcode PROTO."""
-    with path.open("rb") as file:
-        return file.read(2)[:1] == b"\x80" or zipped(path)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises errors of many kinds on foreign bytes
+        if isinstance(error, pickle.UnpicklingError) and "unsupported" in str(error).lower():
+            reason = f"holds pickled code, which derc does not run: where you trust it, {CONVERT}"
+        elif zipped:
+            reason = "is truncated, damaged or no checkpoint: download or copy it again"
+        else:
+            reason = "is truncated or not a checkpoint: safetensors or a PyTorch state dict is expected"
+        raise UsageError(f"checkpoint {path} {reason}") from error
 
 
 def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:

@@ -170,11 +170,11 @@ def doctor(as_json: bool) -> None:
     """What of derc works on this machine, and what is missing."""
     from dataclasses import asdict
 
-    from derc.doctor import diagnose, render
+    from derc.doctor import diagnose, healthy, render
 
     findings = diagnose()
     click.echo(json.dumps([asdict(f) for f in findings]) if as_json else render(findings))
-    if not all(finding.ok for finding in findings):
+    if not healthy(findings):
         sys.exit(5)
 
 

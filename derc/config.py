@@ -15,7 +15,7 @@ from derc.errors import UsageError, suggest
 FILE = "derc.toml"
 PREFIX = "DERC_"
 BUDGETS = ("latency_ms", "params_m", "macs_g", "memory_mb")
-OWN_VARIABLES = ("DERC_CACHE", "DERC_STORE", "DERC_DEBUG")
+OTHER_VARIABLES = ("DERC_CACHE", "DERC_DEBUG")
 
 
 class CompileSettings(BaseModel):
@@ -78,20 +78,21 @@ class CompileSettings(BaseModel):
 KEYS = tuple(name for name in CompileSettings.model_fields if name != "defaulted")
 
 
-def resolve(flags: Mapping[str, object], environ: Mapping[str, str], directory: Path) -> CompileSettings:
-    """Settings from `flags` (None where not given), `environ` and derc.toml in `directory`, in this order.
+def resolve(flags: Mapping[str, object], environ: Mapping[str, str], directory: Path | None) -> CompileSettings:
+    """Settings from `flags` (None: not given), `environ` and derc.toml in `directory` (None: no file), in this order.
 
     Raises UsageError for an unknown key, a value that is none of its kind, a budget that is not positive and finite,
     and a zoo of one's own without data.
     """
-    file, variables = from_file(directory), from_environment(environ)
+    file = from_file(directory) if directory else {}
+    variables = from_environment(environ)
     flags = {key: value for key, value in flags.items() if value is not None}
-    for values, where in ((flags, "option"), (file, f"key in {directory / FILE}:")):
+    for values, where in ((flags, "option"), (file, f"key in {FILE}:")):
         for key in values:
             if key not in KEYS:
                 raise UsageError(f"unknown {where} {key!r}, known: {', '.join(KEYS)}{suggest(key, KEYS)}")
     given = file | variables | flags
-    origin = {key: f"{key} in {directory / FILE}" for key in file}
+    origin = {key: f"{key} in {FILE}" for key in file}
     origin |= {key: PREFIX + key.upper() for key in variables}
     origin |= {key: "--" + key.replace("_", "-") for key in flags}
     settings = _validated(given, origin)
@@ -115,12 +116,15 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, object]:
     found: dict[str, object] = {}
     for variable, value in environ.items():
         key = variable.removeprefix(PREFIX).lower()
-        if not variable.startswith(PREFIX) or variable in OWN_VARIABLES or not value:
+        if not variable.startswith(PREFIX) or variable in OTHER_VARIABLES or not value:
             continue
-        if key not in KEYS:
-            known = [PREFIX + name.upper() for name in KEYS]
-            raise UsageError(f"unknown environment variable {variable}{suggest(variable, known)}")
-        found[key] = value
+        near = suggest(key, KEYS)
+        if key not in KEYS and near:
+            raise UsageError(
+                f"unknown environment variable {variable}{suggest(variable, [PREFIX + n.upper() for n in KEYS])}"
+            )
+        if key in KEYS:
+            found[key] = value
     return found
 
 

@@ -19,12 +19,13 @@ import psutil
 from derc.store import Store
 
 Severity = Literal["fault", "warning", "info"]
-REQUIRED = ("torch", "torchvision", "timm", "onnx", "onnxscript", "highspy", "safetensors")
+REQUIRED = ("numpy", "networkx", "torch", "torchvision", "timm", "onnx", "onnxscript", "highspy", "safetensors")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve", "bf16")
 GUROBI_FOLDERS = ("opt", "Library")
 LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/local/lib", "usr/local/tensorrt/lib")
+NO_GPU = "nothing to do for --target cpu; a GPU target needs an NVIDIA GPU with its driver"
 MIN_MEMORY_GB = 2.0
 BUSY = 0.25
 
@@ -167,26 +168,25 @@ def _nvidia(root: Path) -> Finding:
         nvml = importlib.import_module("pynvml")
     except ImportError:
         if not driver:
-            return Finding("nvidia", False, "no driver", "none for --target cpu; GPU targets need a driver", "info")
+            return Finding("nvidia", False, "no driver", NO_GPU, "info")
         return Finding(
             "nvidia", False, "driver, but no NVML bindings", "pip install nvidia-ml-py to see the GPUs", "info"
         )
     try:
-        return Finding("nvidia", True, _gpus(nvml))
+        driver, gpus = _gpus(nvml)
     except nvml.NVMLError as error:
-        remedy = "none for --target cpu; GPU targets need a working driver and a GPU"
-        return Finding("nvidia", False, f"no GPU: {error}", remedy, "info")
+        return Finding("nvidia", False, f"NVML says: {error}", NO_GPU, "info")
+    return Finding("nvidia", bool(gpus), f"driver {driver}: {', '.join(gpus) or 'no GPU'}", NO_GPU, "info")
 
 
-def _gpus(nvml: Any) -> str:
+def _gpus(nvml: Any) -> tuple[str, list[str]]:
     nvml.nvmlInit()
     try:
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        names = [
-            f"{_text(nvml.nvmlDeviceGetName(h))} {nvml.nvmlDeviceGetMemoryInfo(h).total / 2**30:.0f} GiB"
-            for h in handles
-        ]
-        return f"driver {_text(nvml.nvmlSystemGetDriverVersion())}: {', '.join(names) or 'no GPU'}"
+        handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+        sizes = [nvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30 for handle in handles]
+        names = [_text(nvml.nvmlDeviceGetName(handle)) for handle in handles]
+        described = [f"{name} {size:.0f} GiB" for name, size in zip(names, sizes, strict=True)]
+        return _text(nvml.nvmlSystemGetDriverVersion()), described
     finally:
         nvml.nvmlShutdown()
 

@@ -103,15 +103,13 @@ def _read_npz(path: Path) -> dict[str, Array]:
     if not path.is_file():
         raise UsageError(f"data file {path} does not exist or is not a file")
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise UsageError(f"{path} holds a single array: save x and y with numpy.savez")
-        with loaded:
-            return {name: loaded[name] for name in loaded.files if name in ("x", "y")} or dict.fromkeys(
-                loaded.files, np.empty(0)
-            )
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":
+                raise UsageError(f"{path} is not a readable npz file: save x and y with numpy.savez")
+        with np.load(path, allow_pickle=False) as loaded:
+            return {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        pickled = "allow_pickle" in str(error) and path.suffix == ".npz"
+        pickled = "allow_pickle" in str(error)
         reason = "has pickled objects, which derc does not load" if pickled else "is not a readable npz file"
         raise UsageError(f"{path} {reason}: save plain arrays x and y with numpy.savez") from error
 

@@ -93,7 +93,8 @@ def execute(
     )
     found: Out | None = context.store.get(key, step.produces)
     if found is None:
-        context.console.say(f"{step.name} …")
+        if step.name not in timings.seconds:
+            context.console.say(f"{step.name} …")
         result = step.run(context, *artifacts)
         context.store.put(key, result, note=step.name)
     else:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-import derc
 from derc import modules, stitching
 from derc.artifacts import Assembly, BlockRef
 from derc.lowered import Lowered
 from derc.text import type_text
+from derc.version import VERSION
 from derc.zoo import Donor
 
 TEMPLATE = '''"""{title}
@@ -32,10 +32,7 @@ HEAD = {head!r}
 """Path of the last linear layer, which `build(num_classes)` replaces; None where the network has none."""
 
 
-{helpers}
-
-
-{donors}
+{helpers}{donors}
 
 
 {blocks}
@@ -91,7 +88,8 @@ def print_network(
     lowered: Mapping[str, Lowered],
     states: Iterable[Mapping[str, torch.Tensor]],
 ) -> Printed:
-    """The module text of an assembly with the given stitch weights."""
+    """The module text of an assembly with the given stitch weights; neighbours that no stitch parts become one block."""
+    assembly, plan = merged(assembly), str(assembly)
     remaining = list(states)
     parts: list[str] = []
     steps: list[str] = []
@@ -109,24 +107,36 @@ def print_network(
         steps.append(f"        x = self.block{index}(x)")
         weights |= {f"block{index}.{key}": value for key, value in text.weights.items()}
     used = [donors[name] for name in assembly.donors]
+    helpers = _helpers(assembly, printed)
     channels, height, width = lowered[assembly.blocks[0].donor].cuts[0].type.shape
     source = TEMPLATE.format(
         title=f"A network assembled from {', '.join(assembly.donors)}.",
-        version=derc.__version__,
+        version=VERSION,
         libraries=", ".join(sorted({_library(donor) for donor in used})),
         channels=channels,
         height=height,
         width=width,
-        imports=_imports(printed, used),
+        imports=_imports(printed, used, helpers),
         head=_head(assembly, lowered[assembly.blocks[-1].donor], printed[-1]),
-        helpers=_helpers(assembly, printed),
+        helpers=f"{helpers}\n\n\n" if helpers else "",
         donors="\n\n\n".join(_donor_function(donor) for donor in used),
         blocks="\n\n\n".join("\n".join(block.lines) for block in printed),
-        plan=str(assembly),
+        plan=plan,
         parts="\n".join(parts),
         steps="\n".join(steps),
     )
     return Printed(source, weights)
+
+
+def merged(assembly: Assembly) -> Assembly:
+    """The same network with consecutive blocks of one donor as one block."""
+    blocks = [assembly.blocks[0]]
+    for block, stitched in zip(assembly.blocks[1:], assembly.stitched, strict=True):
+        if stitched:
+            blocks.append(block)
+        else:
+            blocks[-1] = replace(blocks[-1], last=block.last)
+    return Assembly(tuple(blocks))
 
 
 def _stitch_arguments(assembly: Assembly, index: int, lowered: Mapping[str, Lowered]) -> str:
@@ -162,20 +172,21 @@ def _alias(donor: Donor) -> str:
     return re.sub(r"\W", "_", donor.factory)
 
 
-def _imports(blocks: list[_Block], donors: list[Donor]) -> str:
+def _imports(blocks: list[_Block], donors: list[Donor], helpers: str) -> str:
     lines = {line for block in blocks for line in block.imports}
     for donor in donors:
         library, _, name = donor.factory.partition(":")
         lines.add("import timm" if library == "timm" else f"from {library} import {name} as {_alias(donor)}")
-    lines |= {"import torch", "import torch.nn.functional as F", "from torch import nn"}
-    lines.add("from safetensors.torch import load_file")
+    lines |= {"import torch", "from torch import nn", "from safetensors.torch import load_file"}
+    if "F." in helpers:
+        lines.add("import torch.nn.functional as F")
     return "\n".join(sorted(lines, key=lambda line: (line.startswith("from"), line)))
 
 
 def _helpers(assembly: Assembly, blocks: list[_Block]) -> str:
     normalises = any("Normalize(" in line for block in blocks for line in block.lines)
     wanted = ([modules.Normalize] if normalises else []) + ([modules.Stitch] if any(assembly.stitched) else [])
-    return "\n\n".join(inspect.getsource(kind) for kind in wanted).rstrip() or "# no stitch is needed"
+    return "\n\n".join(inspect.getsource(kind) for kind in wanted).rstrip()
 
 
 def _print_block(index: int, block: BlockRef, lowered: Lowered) -> _Block:
@@ -191,7 +202,8 @@ def _print_block(index: int, block: BlockRef, lowered: Lowered) -> _Block:
                 taken.append(_take(target, text, lowered))
             node.target = text.attributes[target]
     code = graph.python_code("self")
-    text.imports |= {line for line in (_import(name, value) for name, value in code.globals.items()) if line}
+    used = {name: value for name, value in code.globals.items() if re.search(rf"\b{name}\b", code.src)}
+    text.imports |= {line for line in (_import(name, value) for name, value in used.items()) if line}
     span = f"{type_text(lowered.cuts[block.first].type)} to {type_text(lowered.cuts[block.last].type)}"
     text.lines = [
         f"class Block{index}(nn.Module):",
@@ -211,11 +223,11 @@ def _print_block(index: int, block: BlockRef, lowered: Lowered) -> _Block:
 def _body(source: str) -> list[str]:
     """The statements of an fx-generated forward, without the deletions that fx adds."""
     lines = []
-    for line in source.splitlines():
+    _, _, statements = source.partition("def forward(")
+    for line in statements.splitlines()[1:]:
         statement = re.sub(r";  [\w = ]+ = None$", "", line).rstrip()
-        if not statement.strip() or statement.lstrip().startswith("def ") or statement.endswith(" = None"):
-            continue
-        lines.append(f"    {statement}")
+        if statement.strip() and not statement.endswith(" = None"):
+            lines.append(f"    {statement}")
     return lines
 
 
@@ -247,7 +259,7 @@ def _path(target: str, module: nn.Module) -> str:
 
 def _import(name: str, value: Any) -> str | None:
     """The import line of a global that generated code refers to."""
-    if name == "torch" or (inspect.isbuiltin(value) and value.__module__ in ("builtins", None)):
+    if name == "torch" or getattr(value, "__module__", None) == "builtins":
         return None
     if inspect.ismodule(value):
         return f"import {value.__name__} as {name}" if value.__name__ != name else f"import {name}"

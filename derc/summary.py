@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-import derc
 from derc import bundle, stitching
 from derc.artifacts import Assembly, Emitted, Latency, LoweredZoo, Shipped
 from derc.assembled import assemble, seeded
@@ -25,6 +24,7 @@ from derc.pipeline import Context, Timings
 from derc.report import render
 from derc.search import Judged, Search
 from derc.text import print_graph
+from derc.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def summarise(outcome: Outcome, started: float) -> dict[str, Any]:
     first = outcome.search.cuts.donors[outcome.chosen.assembly.blocks[0].donor].cuts[0]
     manifest: dict[str, Any] = {
         "schema": bundle.SCHEMA,
-        "derc": derc.__version__,
+        "derc": VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "ok" if outcome.met else "over_budget",
         "command": outcome.command,
@@ -125,7 +125,7 @@ def _files(outcome: Outcome) -> dict[str, bytes]:
 def _reproduce(outcome: Outcome) -> str:
     lines = [
         "#!/bin/sh",
-        f"# Compiles this bundle again with derc {derc.__version__}, into the directory given (default: reproduced).",
+        f"# Compiles this bundle again with derc {VERSION}, into the directory given (default: reproduced).",
         f'{outcome.command} -o "${{1:-reproduced}}"',
     ]
     return "\n".join(lines) + "\n"
@@ -161,7 +161,7 @@ def plan_graph(assembly: Assembly, outcome: Outcome) -> Graph:
         kind = donor.cuts[block.last].type
         ops.append(Op(f"block{index}", "block", str(block), (value,), kind, params, macs, 4 * kind.numel))
         value = f"block{index}"
-    return Graph("assembly", first, tuple(ops), value, {"derc": derc.__version__})
+    return Graph("assembly", first, tuple(ops), value, {"derc": VERSION})
 
 
 def accuracies(outcome: Outcome) -> dict[str, Any]:

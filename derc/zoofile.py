@@ -116,7 +116,8 @@ def _table(table: dict[str, Any], path: Path) -> DonorTable:
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else "donor"
-        where = f"zoo file {path}, donor {table.get('name', '(no name)') if isinstance(table, dict) else table!r}"
+        name = table.get("name", "(no name)") if isinstance(table, dict) else table
+        where = f"zoo file {path}, donor {name}"
         if first["type"] == "extra_forbidden":
             known = DonorTable.model_fields
             raise UsageError(f"{where}: unknown key {key!r}, known: {', '.join(known)}{suggest(key, known)}") from error

@@ -14,7 +14,6 @@ from derc.passes.partition import PartitionZoo, partition
 from derc.passes.select import Select
 from tests.zoos import latency, random_cuts, random_embedded, table_of
 
-
 NOTHING = Knowledge()
 
 

@@ -30,12 +30,14 @@ class Recipe:
 
 
 RECIPES = {
-    "resnet-slim": Recipe("digits", (0, 150), epochs=25, seed=1, batch=25),
+    "resnet-slim": Recipe("digits", (0, 200), epochs=30, seed=1, batch=25),
     "effnet": Recipe("digits", (150, 450), epochs=30, seed=2, batch=25, noise=0.1),
     "regnet-parity": Recipe("parity", (0, 900), epochs=25, seed=3, shift=0.06),
     "resnet-rotation": Recipe("rotation", (0, 900), epochs=12, seed=4, batch=100, shift=0.06),
-    "convnext": Recipe("digits", (300, 900), epochs=30, seed=5, smoothing=0.1, shift=0.05),
+    "convnext": Recipe("digits", (450, 700), epochs=40, seed=5, batch=25, smoothing=0.1, shift=0.03),
     "vit-patch4": Recipe("digits", (0, 900), epochs=60, seed=7, mixup=0.2, shift=0.08, degrees=10, scale=0.1),
-    "vit-patch8": Recipe("digits", (450, 900), epochs=60, seed=6, teacher="convnext", shift=0.03),
-    "swin": Recipe("digits", (0, 900), epochs=45, seed=8, smoothing=0.05, shift=0.08, degrees=12, scale=0.12),
+    "vit-patch8": Recipe("digits", (100, 900), epochs=90, seed=6, teacher="vit-patch4", shift=0.05, degrees=5),
+    "swin": Recipe(
+        "digits", (0, 900), epochs=60, seed=8, rate=1.5e-3, smoothing=0.05, shift=0.06, degrees=8, scale=0.08
+    ),
 }

@@ -24,6 +24,7 @@ def plain(value: Any, digits: int = 3) -> str:
         return "0"
     if not 1e-4 <= abs(value) < 1e7:
         return f"{value:.{digits - 1}e}"
+    value = float(f"{value:.{digits - 1}e}")
     magnitude = math.floor(math.log10(abs(value)))
     text = f"{value:.{max(0, digits - 1 - magnitude)}f}"
     return text.replace("-", "\N{MINUS SIGN}")

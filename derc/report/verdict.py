@@ -61,6 +61,8 @@ def goals(manifest: Mapping[str, Any]) -> list[Goal]:
 
 def verdict(manifest: Mapping[str, Any]) -> Verdict:
     """One line for the top of the page."""
+    if not (manifest.get("selected") or {}).get("blocks"):
+        return Verdict("open", "Nothing was built")
     limited = [goal for goal in goals(manifest) if goal.limit != quantities.DASH]
     over = [goal.name for goal in limited if goal.share is not None and goal.share > 1]
     if manifest.get("status") == "over_budget" or over:

@@ -1,0 +1,3 @@
+"""The version of derc."""
+
+VERSION = "0.1.0"

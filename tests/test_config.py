@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from derc.config import BUDGETS, KEYS, TEMPLATE, CompileSettings, resolve
+from derc.errors import UsageError
+
+
+def test_defaults(tmp_path):
+    settings = resolve({}, {}, tmp_path)
+    assert (settings.zoo, settings.data, settings.target) == ("digits", "digits", "cpu")
+    assert settings.embedded_zoo and settings.budgets == {} and settings.output == Path("out/derc")
+
+
+def test_flag_over_environment_over_file(tmp_path):
+    (tmp_path / "derc.toml").write_text("latency_ms = 1.0\nparams_m = 2\nblocks = 6\nseed = 7\n")
+    environ = {"DERC_LATENCY_MS": "3", "DERC_BLOCKS": "5", "HOME": "/", "DERC_TOP": ""}
+    settings = resolve({"latency_ms": 4.0, "zoo": None}, environ, tmp_path)
+    assert (settings.latency_ms, settings.blocks, settings.seed) == (4.0, 5, 7)
+    assert settings.budgets == {"latency_ms": 4.0, "params_m": 2.0}
+    assert settings.embedded_zoo and "blocks" not in settings.defaulted
+
+
+def test_a_zoo_that_was_given_is_not_the_default(tmp_path):
+    assert not resolve({}, {"DERC_ZOO": "digits"}, tmp_path).embedded_zoo
+
+
+@given(
+    value=st.one_of(st.floats(max_value=0), st.sampled_from([float("nan"), float("inf")])), key=st.sampled_from(BUDGETS)
+)
+def test_budgets_that_are_not_positive_and_finite_are_refused_by_name(value, key):
+    with pytest.raises(UsageError, match="--" + key.replace("_", "-") + ".*positive"):
+        resolve({key: value}, {}, Path("/nonexistent"))
+
+
+@given(value=st.floats(min_value=1e-6, max_value=1e6), key=st.sampled_from(BUDGETS))
+def test_other_budgets_are_kept(value, key):
+    assert resolve({}, {f"DERC_{key.upper()}": repr(value)}, Path("/nonexistent")).budgets == {key: value}
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "file", "words"),
+    [
+        ({"latncy_ms": 1}, {}, "", "'latncy_ms'.*'latency_ms'"),
+        ({"defaulted": 1}, {}, "", "unknown"),
+        ({}, {"DERC_LATENCY": "1"}, "", "DERC_LATENCY.*'DERC_LATENCY_MS'"),
+        ({}, {}, "latency = 1", "derc.toml.*'latency'.*'latency_ms'"),
+        ({}, {}, "latency_ms = ", "not valid TOML"),
+        ({}, {}, "latency_ms = -1", "latency_ms in .*derc.toml.*positive.*-1"),
+        ({}, {"DERC_LATENCY_MS": "fast"}, "", "DERC_LATENCY_MS.*number.*fast"),
+        ({"blocks": 0}, {}, "", "--blocks.*greater"),
+        ({"epsilon": float("nan")}, {}, "", "--epsilon.*finite"),
+        ({"solver": "cplex"}, {}, "", "--solver.*highs"),
+        ({"probe": 3}, {}, "", "--probe"),
+        ({"input_size": "3,0,32"}, {}, "", "--input-size.*positive"),
+        ({"input_size": "3,32"}, {}, "", "--input-size"),
+        ({"zoo": "timm:resnet18"}, {}, "", "--data is missing.*timm:resnet18"),
+    ],
+)
+def test_bad_settings(tmp_path, flags, environ, file, words):
+    (tmp_path / "derc.toml").write_text(file)
+    with pytest.raises(UsageError) as caught:
+        resolve(flags, environ, tmp_path)
+    assert re.search(words, str(caught.value)), caught.value
+
+
+def test_input_size_as_text(tmp_path):
+    assert resolve({}, {"DERC_INPUT_SIZE": "3,32,48"}, tmp_path).input_size == (3, 32, 48)
+
+
+def test_the_template_is_commented_whole_and_its_settings_are_the_defaults(tmp_path):
+    assert tomllib.loads(TEMPLATE) == {}
+    bare = re.sub(r"^# (?=\w+ = )", "", TEMPLATE, flags=re.MULTILINE)
+    (tmp_path / "derc.toml").write_text(bare)
+    settings = resolve({}, {}, tmp_path)
+    assert set(tomllib.loads(bare)) == set(KEYS)
+    examples = {*BUDGETS, "checkpoint", "input_size"}
+    defaults = CompileSettings()
+    for key in set(KEYS) - examples:
+        assert getattr(settings, key) == getattr(defaults, key), key
+
+
+def test_importing_config_zoo_and_data_loads_neither_torch_nor_timm():
+    code = "import sys, derc.config, derc.zoo, derc.data; print({'torch', 'timm', 'onnxruntime'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
