@@ -66,9 +66,12 @@ class OnnxSession:
     def time(self) -> float:
         """Seconds of one run on the resident input."""
         session, binding = self._open, self._binding
-        start = time.perf_counter()
-        session.run_with_iobinding(binding)
-        return time.perf_counter() - start
+        try:
+            start = time.perf_counter()
+            session.run_with_iobinding(binding)
+            return time.perf_counter() - start
+        except FAULTS as error:
+            raise _fault("running the model", error) from error
 
     def placement(self) -> dict[str, int]:
         """Number of nodes by execution provider, as they were assigned, which is before the last fusions."""
@@ -153,14 +156,17 @@ class OnnxRuntime:
         return options
 
     def _session(self, model: bytes, options: onnxruntime.SessionOptions) -> Any:
+        available = onnxruntime.get_available_providers()
+        if self.provider not in available:
+            raise MissingDependencyError(
+                f"this onnxruntime has {', '.join(available)} and not {self.provider}: reinstall it with "
+                f'pip install "derc[cpu]"'
+            )
         session = _guard(
             "loading the model", lambda: onnxruntime.InferenceSession(model, options, providers=[self.provider])
         )
         if session.get_providers() != [self.provider]:
-            raise MissingDependencyError(
-                f"onnxruntime offers {', '.join(session.get_providers())} where {self.provider} was asked for: "
-                f'pip install "derc[cpu]"'
-            )
+            raise DercError(f"onnxruntime fell back from {self.provider} to {', '.join(session.get_providers())}")
         return session
 
 
@@ -169,8 +175,11 @@ def _guard(doing: str, work: Callable[[], T]) -> T:
     try:
         return work()
     except FAULTS as error:
-        line = str(error).strip().splitlines()[0]
-        raise DercError(f"onnxruntime failed in {doing}: {line}") from error
+        raise _fault(doing, error) from error
+
+
+def _fault(doing: str, error: Exception) -> DercError:
+    return DercError(f"onnxruntime failed in {doing}: {str(error).strip().splitlines()[0]}")
 
 
 def _cores() -> int:

@@ -63,11 +63,13 @@ def export(
 
     Raises UsageError where the module cannot be exported.
     """
+    given = examples if isinstance(examples, tuple) else (examples,)
+    inputs = tuple(x.clone() for x in given)  # torch makes one input of a tensor that is given twice
     try:
         with _eval(module), _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
-                examples if isinstance(examples, tuple) else (examples,),
+                inputs,
                 dynamo=True,
                 opset_version=OPSET,
                 external_data=False,

@@ -28,7 +28,8 @@ class MeasureOptions:
     Warm-up of a candidate is `warmup_runs` runs and `warmup_s` seconds, cut short once it has settled: the fastest of
     its last `warmup_runs` runs is no more than 2% faster than the fastest of those before. Each sample follows `rewarm`
     runs that do not count, so that caches are as in a server's loop and a sample does not depend on who ran before.
-    `limit_s` includes the warm-up.
+    Nothing settles before rounds have run for `span_s` (at most a quarter of the limit): a burst of samples from one
+    quiet moment agrees with itself only. `limit_s` includes the warm-up.
     """
 
     warmup_runs: int = 10
@@ -37,6 +38,7 @@ class MeasureOptions:
     precision: float = 0.01
     confidence: float = 0.95
     min_samples: int = 30
+    span_s: float = 2.0
     limit_s: float = 30.0
     seed: int = 0
 
@@ -187,13 +189,15 @@ def _rounds(
     """Run rounds until all has settled or time is out; yields each candidate's name once it is done."""
     order, active = random.Random(options.seed), dict(series)
     least = next(n for n in range(1, 10_000) if interval_rank(n, options.confidence))
-    rounds = 0
+    rounds, free = 0, elapsed() + min(options.span_s, options.limit_s / 4)
     while active and (rounds < least or elapsed() < options.limit_s):
         turn = [*anchors, *(one for one in active.values() if one is not anchors[0])]
         order.shuffle(turn)
         for one in turn:
             one.add(options.rewarm)
         rounds += 1
+        if elapsed() < free:
+            continue
         for name in [name for name, one in active.items() if one.due(options) and one.settled(options)]:
             del active[name]
             yield name

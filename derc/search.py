@@ -61,6 +61,7 @@ class Search:
         Raises InfeasibleError where neither an assembly nor an intact donor fits the budgets.
         """
         self._evaluate_intact()
+        self.explore(self.evaluations)
         while self.spent < self.evaluations and self.explore(self.evaluations - self.spent):
             pass
 
@@ -75,9 +76,10 @@ class Search:
 
     def explore(self, most: int) -> int:
         """One round: solve, then stitch and score the new candidates, `most` at the most; returns how many were new."""
+        select = replace(self.select, fresh=self.selection is not None)
         try:
             selection = execute(
-                self.select,
+                select,
                 self.context,
                 self.cuts,
                 self.embedded,

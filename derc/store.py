@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,8 +141,9 @@ class Store:
                 self._remove(entry.key)
                 count, freed = count + 1, freed + entry.size
         for folder in (self.root / "tmp").iterdir():
-            if everything or time.time() - folder.stat().st_mtime > STALE_S:
-                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                if time.time() - folder.stat().st_mtime > STALE_S:
+                    shutil.rmtree(folder)
         return count, freed
 
     def _prepare(self) -> None:
@@ -198,15 +199,15 @@ class Store:
 
     def _get(self, key: str, kind: str, parse: Callable[[dict[str, bytes]], T]) -> T | None:
         folder = self._folder(key)
-        if not folder.is_dir():
-            return None
         try:
+            if not folder.is_dir():
+                return None
             with self._lock():
                 entry, blobs = self._read(folder)
             if entry.kind != kind:
                 raise _damage(folder, f"it holds a {entry.kind}, not a {kind}")
             return parse(blobs)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             return None
         except IntegrityError as error:
             if self.on_damage is None:

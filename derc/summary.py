@@ -191,7 +191,7 @@ def _accuracy(network: nn.Module, donor: str, context: Context, split: Split) ->
     if split.labels is None:
         return None
     right = correct(logits(network, split), split, columns_of(context.zoo[donor].labels, context.data))
-    return None if right is None else round(float(right.mean()), 6)
+    return None if right is None else float(right.mean())
 
 
 def _best_intact(outcome: Outcome, donors: dict[str, dict[str, float | None]]) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ class Profile:
 
     def inputs(self, context: Context) -> str:
         """Donors, device, engine, shapes and exporter."""
-        donors = {name: context.zoo[name].digest() for name in sorted(context.lowered)}
+        donors = {name: context.zoo[name].digest() for name in context.zoo.names}
         return digest(donors, context.engine.describe(), context.target, exporting.versions(), context.seed)
 
     def run(self, context: Context, cut_zoo: CutZoo, partition: Partition) -> LatencyTable:
@@ -116,7 +116,7 @@ def spread(shapes: Shapes, count: int) -> list[str]:
 def predict(shapes: Shapes, measured: Mapping[str, Latency]) -> dict[str, Latency]:
     """Latency of every stitch: `measured` where there is one, else a + b·MACs + c·bytes with a, b, c ≥ 0.
 
-    Least squares of the relative error; the interval holds 95% of the leave-one-out errors.
+    The interval holds 95% of the leave-one-out errors, as ratios.
     """
     if len(measured) == len(shapes):
         return dict(measured)
@@ -134,13 +134,15 @@ def predict(shapes: Shapes, measured: Mapping[str, Latency]) -> dict[str, Latenc
 
 
 def fit(rows: Array, times: Array) -> Array:
-    """Non-negative weights w minimising Σ (row·w / time − 1)²; exact, by trying every set of non-zero weights."""
-    scaled = rows / times[:, None]
+    """Non-negative weights w minimising Σ (row·w − time)²; exact, by trying every set of non-zero weights.
+
+    Milliseconds, not ratios: that is what a budget adds up, and ratios would pull the fit to the cheapest stitches.
+    """
     best, least = np.zeros(rows.shape[1]), np.inf
     for size in range(1, rows.shape[1] + 1):
         for columns in map(list, combinations(range(rows.shape[1]), size)):
-            found = np.linalg.lstsq(scaled[:, columns], np.ones(len(times)), rcond=None)[0]
-            error = float(np.sum((scaled[:, columns] @ found - 1) ** 2))
+            found = np.linalg.lstsq(rows[:, columns], times, rcond=None)[0]
+            error = float(np.sum((rows[:, columns] @ found - times) ** 2))
             if (found >= 0).all() and error < least:
                 best, least = np.zeros(rows.shape[1]), error
                 best[columns] = found

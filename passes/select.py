@@ -37,7 +37,8 @@ class Select:
     """Finds the `top` best assemblies within all given budgets, each `diversity` blocks away from each better one.
 
     Predicted latencies must stay below (1 − `margin`) of the budget, measured ones below the budget. `heads` are the
-    donors that may provide the last block (none named: all). `one_per_set` forbids leaving out an equivalence set.
+    donors that may provide the last block (none named: all). `one_per_set` forbids leaving out an equivalence set,
+    `fresh` proposing what was evaluated before (then there may be no candidate).
     `time_limit_s` bounds all solves together.
     """
 
@@ -49,6 +50,7 @@ class Select:
     diversity: int = 1
     margin: float = 0.0
     one_per_set: bool = False
+    fresh: bool = False
     heads: tuple[str, ...] = ()
     time_limit_s: float = 60.0
     name: ClassVar[str] = "select"
@@ -113,13 +115,16 @@ def select(learnt: Learnt, options: Select, solver: Solver) -> Selection:
     deadline = time.monotonic() + options.time_limit_s
     found: list[Assembly] = []
     proof: Solution | None = None
+    old = tuple(learnt.losses) if options.fresh else ()
     while len(found) < options.top and not (found and time.monotonic() >= deadline):
-        integer = program.build("loss", budgets, tuple(found), options.diversity)
+        integer = program.build("loss", budgets, (*old, *found), options.diversity)
         answer = solver.solve(integer, time_limit_s=max(deadline - time.monotonic(), 0.0))
         if answer.x is None:
             break
         proof = proof or answer
         found.append(program.read(answer.x))
+    if proof is None and old:
+        return Selection((), solver.name, answer.status, inf, inf, inf)
     if proof is None:
         raise _failure(answer, program, budgets, solver, options)
     candidates = tuple(Candidate(a, learnt.expected_loss(a), learnt.predict(a)) for a in found)

@@ -36,8 +36,6 @@ RECIPES = {
     "resnet-rotation": Recipe("rotation", (0, 900), epochs=12, seed=4, batch=100, shift=0.06),
     "convnext": Recipe("digits", (450, 700), epochs=40, seed=5, batch=25, smoothing=0.1, shift=0.03),
     "vit-patch4": Recipe("digits", (0, 900), epochs=60, seed=7, mixup=0.2, shift=0.08, degrees=10, scale=0.1),
-    "vit-patch8": Recipe("digits", (100, 900), epochs=90, seed=6, teacher="vit-patch4", shift=0.05, degrees=5),
-    "swin": Recipe(
-        "digits", (0, 900), epochs=60, seed=8, rate=1.5e-3, smoothing=0.05, shift=0.06, degrees=8, scale=0.08
-    ),
+    "vit-patch8": Recipe("digits", (100, 900), epochs=45, seed=6, teacher="vit-patch4", shift=0.05, degrees=5),
+    "swin": Recipe("digits", (0, 900), epochs=60, seed=8, batch=25, smoothing=0.05, shift=0.06, degrees=8, scale=0.08),
 }

@@ -1,6 +1,6 @@
 """Train the embedded zoo: ``python -m derc.digits.train [--only NAME] [--out DIR]``.
 
-The held-out split is read once per donor, for the accuracy on its card.
+Recipes are judged by the validation split; held-out is read once per donor, for the accuracy on its card.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def main(only: str | None, out: Path) -> None:
         teacher = _trained(donors[recipe.teacher], out) if recipe.teacher else None
         network = train(donor, recipe, teacher)
         save_file(network.state_dict(), out / f"{name}.safetensors")
-        accuracy, count = heldout_accuracy(donor, network, recipe.task)
+        validation, _ = accuracy_on("validation", donor, network, recipe.task)
+        click.echo(f"{name}: {validation:.2%} right on the validation split")
+        accuracy, count = accuracy_on("heldout", donor, network, recipe.task)
         write_card(donor, out, recipe=asdict(recipe), accuracy=accuracy, images=count)
-        click.echo(f"{name}: {accuracy:.4f} on {count} held-out images")
     write_overview(out, [name for name in donors if (out / f"{name}.json").is_file()])
 
 
@@ -85,9 +86,9 @@ def examples(task: str, split: str, part: tuple[int, int] | None = None) -> tupl
 
 
 @torch.no_grad()
-def heldout_accuracy(donor: Donor, network: nn.Module, task: str) -> tuple[float, int]:
-    """Share of right answers on the held-out split, and the number of images."""
-    images, labels = examples(task, "heldout")
+def accuracy_on(split: str, donor: Donor, network: nn.Module, task: str) -> tuple[float, int]:
+    """Share of right answers on `split`, and the number of images."""
+    images, labels = examples(task, split)
     answers = torch.cat([network(part) for part in torch.split(normalised(donor)(images), 100)]).argmax(1)
     return float((answers == labels).double().mean()), len(labels)
 

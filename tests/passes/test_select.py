@@ -127,6 +127,18 @@ def test_a_good_assembly_that_was_evaluated_is_proposed_again() -> None:
     assert select(learnt, options, Highs()).candidates[0].assembly == last
 
 
+def test_fresh_candidates_were_not_evaluated_before_until_none_is_left() -> None:
+    problem = random_problem(3, (4, 4), blocks=2)
+    options, known = Select(top=3, fresh=True), Knowledge()
+    total = sum(1 for _ in paths(problem.learn(options)))
+    for _ in range(total + 1):
+        found = select(problem.learn(options, known), options, Highs()).candidates
+        assert not {c.assembly for c in found} & {one.assembly for one in known.evaluated}
+        known = Knowledge((*known.evaluated, *(Evaluated(c.assembly, 0.5) for c in found)))
+    assert not found
+    assert len(known.evaluated) == total
+
+
 def test_an_unreachable_budget_names_the_best_that_is_achievable() -> None:
     problem = random_problem(4, (5, 5))
     options = Select(latency_ms=0.01)

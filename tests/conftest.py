@@ -1,0 +1,46 @@
+"""One real compile that the tests of bundle, bench and command line share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import derc
+from derc.digits import FOLDER
+
+KEPT = ("resnet-slim", "convnext", "vit-patch8")
+
+
+def small_zoo(folder: Path, *names: str) -> Path:
+    """A zoo file with some of the embedded donors, their weights given by absolute paths."""
+    tables = (FOLDER / "zoo.toml").read_text().split("[[donor]]")[1:]
+    chosen = [table for table in tables if any(f'name = "{name}"' in table for name in names)]
+    text = "".join("[[donor]]" + table for table in chosen)
+    for name in names:
+        text = text.replace(f'"{name}.safetensors"', f'"{FOLDER / name}.safetensors"')
+    path = folder / "zoo.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_store(tmp_path_factory):
+    """Tests never touch the user's store."""
+    before = os.environ.get("DERC_CACHE")
+    os.environ["DERC_CACHE"] = str(tmp_path_factory.mktemp("store"))
+    yield
+    if before is None:
+        del os.environ["DERC_CACHE"]
+    else:
+        os.environ["DERC_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """(bundle, result, zoo file) of a compile of three donors under a generous latency budget."""
+    folder = tmp_path_factory.mktemp("compiled")
+    zoo = small_zoo(folder, *KEPT)
+    result = derc.compile(str(zoo), "digits", latency_ms=50.0, out=folder / "out", evaluations=6, probe=128)
+    return folder / "out", result, zoo

@@ -1,0 +1,184 @@
+"""The command line as a user sees it: output, exit codes, one sentence per mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from derc.config import TEMPLATE
+from derc.store import Store
+from tests.conftest import small_zoo
+
+
+def derc(*words, cwd=None, **environ):
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "derc", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **{k: str(v) for k, v in environ.items()}},
+        timeout=300,
+    )
+
+
+def refused(run, code, *words):
+    """The run failed with this exit code and one sentence that holds the words."""
+    assert run.returncode == code, run.stderr
+    assert "Traceback" not in run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in last, run.stderr
+
+
+def test_help_and_import_load_no_heavy_package():
+    script = (
+        "import sys, derc, derc.cli\n"
+        "try:\n    derc.cli.cli(['--help'], standalone_mode=False)\nexcept SystemExit: pass\n"
+        "bad = {'torch', 'timm', 'onnx', 'onnxruntime', 'highspy', 'gurobipy', 'numpy'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "Exit codes" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--latency-ms", "0"], 2, ["--latency-ms", "positive"]),
+        (["--latency-ms", "-1"], 2, ["--latency-ms", "positive"]),
+        (["--latency-ms", "nan"], 2, ["--latency-ms", "positive"]),
+        (["--params-m", "inf"], 2, ["--params-m", "positive"]),
+        (["--zoo", "digit"], 2, ["digit", "did you mean"]),
+        (["--zoo", "nowhere.toml", "--data", "digits"], 2, ["nowhere.toml"]),
+        (["--zoo", "timm:resnet19", "--data", "digits"], 2, ["resnet19", "did you mean"]),
+        (["--data", "folder:nowhere"], 2, ["nowhere"]),
+        (["--data", "npz:nowhere.npz"], 2, ["nowhere.npz"]),
+        (["--target", "cqu"], 2, ["cqu", "did you mean"]),
+        (["--target", "a100"], 5, ["A100", "--target cpu"]),
+        (["--solver", "cplex"], 2, ["cplex"]),
+        (["--blocks", "0"], 2, ["--blocks"]),
+        (["--nonsense"], 2, ["nonsense"]),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(tmp_path, words, code, says):
+    refused(derc("compile", *words, "-o", tmp_path / "o", cwd=tmp_path), code, *says)
+    assert not (tmp_path / "o").exists()
+
+
+def test_output_that_cannot_be_taken_is_refused_before_any_work(tmp_path):
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "mine").touch()
+    start = time.perf_counter()
+    refused(derc("compile", "-o", tmp_path / "o"), 2, "not empty")
+    assert time.perf_counter() - start < 30
+    assert [p.name for p in (tmp_path / "o").iterdir()] == ["mine"]
+
+
+def test_errors_are_json_too(tmp_path):
+    run = derc("compile", "--latency-ms", "0", "--json", "-o", tmp_path / "o")
+    assert run.returncode == 2
+    assert json.loads(run.stdout)["exit_code"] == 2
+
+
+def test_init_writes_what_compile_reads(tmp_path):
+    assert derc("init", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "derc.toml").read_text() == TEMPLATE
+    refused(derc("init", cwd=tmp_path), 2, "exists")
+    (tmp_path / "derc.toml").write_text('zooo = "digits"\n')
+    refused(derc("compile", cwd=tmp_path), 2, "zooo", "did you mean")
+
+
+def test_flag_over_environment_over_file(tmp_path):
+    (tmp_path / "derc.toml").write_text("latency_ms = -3.0\n")
+    refused(derc("compile", cwd=tmp_path), 2, "derc.toml")
+    refused(derc("compile", cwd=tmp_path, DERC_LATENCY_MS="-4"), 2, "DERC_LATENCY_MS")
+    run = derc("compile", "--latency-ms", "-5", cwd=tmp_path, DERC_LATENCY_MS="-4")
+    refused(run, 2, "--latency-ms", "-5")
+
+
+def test_verify_and_bench_and_wrong_bundles(compiled, tmp_path):
+    folder, _, _ = compiled
+    assert derc("verify", folder).returncode == 0
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with (copy / "weights.safetensors").open("r+b") as file:
+        file.seek(200)
+        file.write(b"\x00\x01")
+    refused(derc("verify", copy), 8, "weights.safetensors")
+    refused(derc("verify", tmp_path), 8, "not a derc bundle")
+    run = derc("bench", folder, "--limit-s", "4", "--json")
+    found = json.loads(run.stdout)
+    assert set(found["latency"]) == {"engine", "eager PyTorch", "resnet-slim", "convnext", "vit-patch8"}
+    assert found["latency"]["eager PyTorch"]["ratio_to_engine"] > 1
+    assert found["within_budget"] is True
+
+
+def test_looking_commands(compiled, tmp_path):
+    _, _, zoo = compiled
+    shown = json.loads(derc("zoo", "show", "--zoo", zoo, "--data", "digits", "--json").stdout)
+    assert set(shown["donors"]) == {"resnet-slim", "convnext", "vit-patch8"}
+    assert all(len(d["units"]) == len(d["cuts"]) - 1 for d in shown["donors"].values())
+    words = ["--zoo", zoo, "--data", "digits", "--probe", "128"]
+    parts = json.loads(derc("partition", *words, "--json").stdout)
+    assert all(len(blocks) == 4 for blocks in parts["blocks"].values())
+    assert "equivalence set 3" in derc("partition", *words).stdout
+    run = derc("profile", *words, "-o", tmp_path / "table.json")
+    assert run.returncode == 0
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert len(table["blocks"]) == 12
+    assert all(row["ms"] > 0 for row in table["stitches"].values())
+
+
+def test_cache_commands(tmp_path):
+    store = Store(tmp_path / "c")
+    store.put_bytes("ab" * 32, b"x" * 100, note="test")
+    assert "1 entries" in derc("cache", "ls", DERC_CACHE=tmp_path / "c").stdout
+    assert derc("cache", "verify", DERC_CACHE=tmp_path / "c").returncode == 0
+    (blob,) = (tmp_path / "c").rglob("data.bin")
+    blob.chmod(0o644)
+    blob.write_bytes(b"y" + blob.read_bytes()[1:])
+    refused(derc("cache", "verify", DERC_CACHE=tmp_path / "c"), 8, "damaged")
+    assert "removed 1" in derc("cache", "gc", DERC_CACHE=tmp_path / "c").stdout
+    assert derc("cache", "verify", DERC_CACHE=tmp_path / "c").returncode == 0
+
+
+def test_a_damaged_store_entry_is_said_and_made_anew(compiled, tmp_path):
+    _, _, zoo = compiled
+    words = ["partition", "--zoo", zoo, "--data", "digits", "--probe", "64"]
+    assert derc(*words, DERC_CACHE=tmp_path / "c").returncode == 0
+    for blob in (tmp_path / "c").rglob("*.safetensors"):
+        data = bytearray(blob.read_bytes())
+        data[-1] ^= 1
+        blob.chmod(0o644)
+        blob.write_bytes(data)
+    run = derc(*words, DERC_CACHE=tmp_path / "c")
+    assert run.returncode == 0
+    assert "damaged" in run.stderr or "not what was" in run.stderr
+
+
+@pytest.mark.parametrize("after_s", [3.0, 7.0])
+def test_ctrl_c_leaves_nothing_and_the_same_command_goes_on(tmp_path, after_s):
+    zoo = small_zoo(tmp_path, "resnet-slim", "convnext")
+    words = [sys.executable, "-m", "derc", "compile", "--zoo", zoo, "--data", "digits", "--evaluations", "1"]
+    words += ["--probe", "64", "-o", tmp_path / "o"]
+    environ = {**os.environ, "DERC_CACHE": str(tmp_path / "c")}
+    process = subprocess.Popen(list(map(str, words)), env=environ, stderr=subprocess.PIPE, text=True)
+    time.sleep(after_s)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "o").exists()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".o")] == []
+    again = subprocess.run(list(map(str, words)), env=environ, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "o" / "manifest.json").exists()

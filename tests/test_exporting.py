@@ -1,0 +1,182 @@
+"""Exports and slices, held against torch by running both."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import derc
+from derc.errors import DercError, UsageError
+from derc.exporting import OPSET, Chain, Parallel, Slicer, export, slice_model
+from tests.networks import make
+
+
+class Shifted(nn.Module):
+    """Adds a value that is computed from a buffer alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ramp", torch.arange(4.0))
+
+    def forward(self, x):
+        return x + torch.sin(self.ramp * 2).view(1, 4, 1, 1)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def awkward() -> list[nn.Module]:
+    """Units whose cuts coincide: identities, an in-place ReLU, dropout, a module used for nothing but its shape."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    return [
+        nn.Identity(),
+        conv,
+        nn.ReLU(inplace=True),
+        nn.Identity(),
+        Shifted(),
+        nn.Dropout(),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    ]
+
+
+def chain(units: list[nn.Module], x: torch.Tensor) -> bytes:
+    return export(Chain(units), x, [f"cut_{i + 1}" for i in range(len(units))], input_names=["cut_0"])
+
+
+def run(model: bytes, *inputs: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    feeds = {node.name: value for node, value in zip(session.get_inputs(), inputs, strict=True)}
+    (output,) = session.run(None, feeds)
+    return output
+
+
+def test_export_agrees_with_torch_and_is_static():
+    network, x = make("resnet"), torch.randn(2, 3, 32, 32)
+    model = export(network, x, ["logits"])
+    proto = onnx.load_from_string(model)
+    assert [opset.version for opset in proto.opset_import if not opset.domain] == [OPSET]
+    assert [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == [2, 3, 32, 32]
+    assert [value.name for value in (*proto.graph.input, *proto.graph.output)] == ["input", "logits"]
+    np.testing.assert_allclose(run(model, x.numpy()), network(x).detach(), atol=1e-5)
+
+
+def test_equal_modules_give_equal_bytes():
+    x = torch.randn(1, 3, 4, 4)
+    assert chain(awkward(), x) == chain(awkward(), x)
+
+
+def test_modes_come_back_and_nothing_is_printed(capfd):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout().eval(), nn.BatchNorm2d(4)).train()
+    network[1].eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export(network, torch.randn(1, 3, 4, 4), ["y"])
+    assert [part.training for part in network.modules()] == [True, True, False, True]
+    assert capfd.readouterr() == ("", "")
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_what_cannot_be_exported_is_one_sentence(capfd):
+    with pytest.raises(UsageError, match=r"Branching cannot be exported to ONNX: .*data-dependent") as caught:
+        export(Branching(), torch.randn(1, 3), ["y"])
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_in_place_units_do_not_change_the_cut_before_them():
+    units, x = awkward(), torch.randn(1, 3, 4, 4)
+    model = chain(units, x)
+    conv = run(slice_model(model, ("cut_0",), ("cut_2",)), x.numpy())
+    assert conv.min() < 0
+    np.testing.assert_allclose(conv, units[1](x).detach(), atol=1e-6)
+
+
+def test_every_slice_agrees_with_torch():
+    units, x = awkward(), torch.randn(1, 3, 4, 4)
+    slicer = Slicer(chain(units, x))
+    with torch.no_grad():
+        for unit in units:
+            unit.eval()
+        for first in range(len(units)):
+            for last in range(first + 1, len(units) + 1):
+                start = nn.Sequential(*units[:first])(x).clone()
+                model = slicer.slice((f"cut_{first}",), (f"cut_{last}",))
+                expected = nn.Sequential(*units[first:last])(start.clone())
+                np.testing.assert_allclose(run(model, start.numpy()), expected, atol=1e-6)
+
+
+def test_a_slice_has_its_own_weights_only():
+    units, x = awkward(), torch.randn(1, 3, 4, 4)
+    model = chain(units, x)
+    names = [
+        {weight.name for weight in onnx.load_from_string(slice_model(model, (a,), (b,))).graph.initializer}
+        for a, b in (("cut_0", "cut_2"), ("cut_2", "cut_8"), ("cut_8", "cut_9"))
+    ]
+    assert names[0] == {"blocks.1.weight", "blocks.1.bias"}
+    assert names[2] == {"blocks.8.weight", "blocks.8.bias"}
+    assert names[0].isdisjoint(names[1]) and names[1].isdisjoint(names[2])
+
+
+@pytest.mark.parametrize("family", ["resnet", "swin"])
+def test_slices_compose_to_the_donor(family):
+    lowered = derc.lower(make(family), (3, 32, 32), name=family)
+    x = torch.randn(1, 3, 32, 32)
+    count = len(lowered.units)
+    slicer = Slicer(chain([lowered.block(i, i + 1) for i in range(count)], x))
+    stops = sorted({0, count // 3, 2 * count // 3, count})
+    value = x.numpy()
+    for first, last in pairwise(stops):
+        value = run(slicer.slice((f"cut_{first}",), (f"cut_{last}",)), value)
+    np.testing.assert_allclose(value, run(slicer.slice(("cut_0",), (f"cut_{count}",)), x.numpy()), atol=1e-5)
+    with torch.no_grad():
+        np.testing.assert_allclose(value, lowered.module(x), atol=1e-5)
+
+
+def test_parallel_holds_many_modules():
+    parts, inputs = [nn.Linear(2, 3), nn.Linear(4, 5)], (torch.randn(1, 2), torch.randn(1, 4))
+    slicer = Slicer(export(Parallel(parts), inputs, ["out 0", "out 1"], input_names=["in 0", "in 1"]))
+    for i, (part, x) in enumerate(zip(parts, inputs, strict=True)):
+        model = slicer.slice((f"in {i}",), (f"out {i}",))
+        np.testing.assert_allclose(run(model, x.numpy()), part(x).detach(), atol=1e-6)
+
+
+def test_slicing_what_does_not_separate():
+    model = export(
+        Parallel([nn.Linear(2, 3), nn.Linear(2, 3)]), (torch.randn(1, 2),) * 2, ["u", "v"], input_names=["a", "b"]
+    )
+    with pytest.raises(DercError, match="also needs 'a'"):
+        slice_model(model, ("b",), ("u",))
+    with pytest.raises(DercError, match="no value 'nowhere'"):
+        slice_model(model, ("nowhere",), ("u",))
+
+
+def test_inner_graphs_take_along_what_they_capture():
+    text = """
+      <ir_version: 10, opset_import: ["" : 18]>
+      g (float[2] x) => (float[2] z) <float[2] w = {1, 2}, bool c = {1}> {
+        y = Relu(x)
+        k = Exp(w)
+        z = If(c) <then_branch = t () => (float[2] p) { q = Mul(y, k) p = Add(q, q) },
+                   else_branch = e () => (float[2] r) { r = Neg(y) }>
+      }
+    """
+    proto = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
+    model = slice_model(proto.SerializeToString(), ("y",), ("z",))
+    graph = onnx.load_from_string(model).graph
+    assert [node.op_type for node in graph.node] == ["Exp", "If"]
+    np.testing.assert_allclose(run(model, np.array([1, 1], np.float32)), 2 * np.exp([1.0, 2.0]), rtol=1e-6)
