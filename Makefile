@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BUDGET_MS ?= 1.0
+BUDGET_MS ?= 0.3
 
 .PHONY: demo test check bench clean
 

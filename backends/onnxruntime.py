@@ -88,7 +88,11 @@ class OnnxSession:
 
 
 class OnnxRuntime:
-    """Engine on the CPU with fixed threads (0: the physical cores), which sleep when idle instead of spinning."""
+    """Engine on the CPU with fixed threads (0: the physical cores).
+
+    Threads spin for work within a run and sleep between runs: sessions do not disturb each other, and small operators do
+    not pay for waking a thread (without any spinning, small networks are 6 to 35% slower and scatter more).
+    """
 
     name: ClassVar[str] = "onnxruntime"
     suffix: ClassVar[str] = ".onnx"
@@ -106,7 +110,7 @@ class OnnxRuntime:
             "onnxruntime": onnxruntime.__version__,
             "provider": self.provider,
             "threads": str(self.threads),
-            "spinning": "off",
+            "spinning": "within a run",
             "optimization": "all",
             "device": _cpu_name(),
             "cores": str(_cores()),
@@ -151,7 +155,7 @@ class OnnxRuntime:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 4
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         return options
 

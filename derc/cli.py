@@ -39,6 +39,7 @@ DEVICE: tuple[Function, ...] = (
     click.option("--target", help="Device to compile for.  [default: cpu]"),
     click.option("--threads", type=int, help="Threads of the engine; 0: physical cores."),
     click.option("--batch", type=int, help="Static batch size.  [default: 1]"),
+    click.option("--profile-s", type=float, help="Seconds that measuring the blocks may take.  [default: 40]"),
 )
 BUDGETS: tuple[Function, ...] = (
     click.option("--latency-ms", type=float, help="Latency budget in milliseconds."),

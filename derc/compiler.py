@@ -51,9 +51,9 @@ def analyse(context: Context, settings: CompileSettings, timings: Timings) -> An
     return Analysis(lowered, cuts, embedded, partition)
 
 
-def profile(context: Context, analysis: Analysis, timings: Timings) -> LatencyTable:
+def profile(context: Context, analysis: Analysis, settings: CompileSettings, timings: Timings) -> LatencyTable:
     """The latency table of the partition's blocks on the context's target."""
-    return execute(Profile(), context, analysis.cuts, analysis.partition, timings=timings)
+    return execute(Profile(limit_s=settings.profile_s), context, analysis.cuts, analysis.partition, timings=timings)
 
 
 def compile_bundle(settings: CompileSettings, console: Console, command: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def compile_bundle(settings: CompileSettings, console: Console, command: str) ->
     timings = Timings()
     timings.add("load", time.perf_counter() - started, reused=False)
     analysis = analyse(context, settings, timings)
-    table = profile(context, analysis, timings)
+    table = profile(context, analysis, settings, timings)
     select = Select(
         latency_ms=settings.latency_ms,
         params_m=settings.params_m,
@@ -87,7 +87,7 @@ def compile_bundle(settings: CompileSettings, console: Console, command: str) ->
         context, select, analysis.cuts, analysis.embedded, analysis.partition, table, settings.evaluations, timings
     )
     search.run()
-    chosen, emitted, shipped, met = ship(search, timings)
+    chosen, emitted, shipped, met = ship(search, settings.profile_s, timings)
     outcome = Outcome(settings, command, context, search, analysis.lowered, chosen, emitted, shipped, met, timings, NEGLIGIBLE)
     manifest = summarise(outcome, started)
     if not met:
@@ -98,8 +98,11 @@ def compile_bundle(settings: CompileSettings, console: Console, command: str) ->
     return manifest
 
 
-def ship(search: Search, timings: Timings) -> tuple[Judged, Emitted, Shipped, bool]:
-    """Build and measure the best network; where it is over budget, select again with that knowledge."""
+def ship(search: Search, measure_s: float, timings: Timings) -> tuple[Judged, Emitted, Shipped, bool]:
+    """Build and measure the best network; where it is over budget, select again with that knowledge.
+
+    `measure_s` is what the profile may take; one network gets half of it.
+    """
     context, budget = search.context, search.select.latency_ms
     fastest: tuple[Judged, Emitted, Shipped] | None = None
     for _ in range(ATTEMPTS):
@@ -107,7 +110,7 @@ def ship(search: Search, timings: Timings) -> tuple[Judged, Emitted, Shipped, bo
         if chosen is None:
             break
         emitted = execute(Emit(), context, chosen.stitched, timings=timings)
-        shipped = _measured(context, emitted, budget, timings)
+        shipped = _measured(context, emitted, budget, measure_s, timings)
         search.record(chosen.assembly, shipped.latency)
         if budget is None or shipped.latency.high_ms <= budget:
             return search.judged[chosen.assembly], emitted, shipped, True
@@ -122,9 +125,11 @@ def ship(search: Search, timings: Timings) -> tuple[Judged, Emitted, Shipped, bo
     return *fastest, False
 
 
-def _measured(context: Context, emitted: Emitted, budget: float | None, timings: Timings) -> Shipped:
+def _measured(
+    context: Context, emitted: Emitted, budget: float | None, measure_s: float, timings: Timings
+) -> Shipped:
     """Build, verify and measure; once more, and longer, where the interval straddles the budget."""
-    for limit in (20.0, 60.0):
+    for limit in (0.5 * measure_s, 1.5 * measure_s):
         start = time.perf_counter()
         shipped = Package(limit_s=limit).run(context, emitted)
         timings.add("package", time.perf_counter() - start, reused=False)

@@ -38,24 +38,11 @@ class CompileSettings(BaseModel):
     probe: int = Field(512, ge=8)
     top: int = Field(8, ge=1)
     evaluations: int = Field(16, ge=1)
+    profile_s: float = Field(40.0, gt=0, allow_inf_nan=False)
     seed: int = Field(0, ge=0)
     threads: int = Field(0, ge=0)
     batch: int = Field(1, ge=1)
-    input_size: tuple[int, int, int] | None = None
     defaulted: frozenset[str] = frozenset()
-
-    @field_validator("input_size", mode="before")
-    @classmethod
-    def _split_sizes(cls, value: Any) -> Any:
-        """The environment and a flag write ``3,32,32``."""
-        return value.replace("x", ",").split(",") if isinstance(value, str) else value
-
-    @field_validator("input_size")
-    @classmethod
-    def _positive_sizes(cls, value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-        if value is not None and min(value) < 1:
-            raise ValueError(f"must be three positive integers C,H,W, not {value}")
-        return value
 
     @field_validator(*BUDGETS)
     @classmethod
@@ -176,10 +163,10 @@ TEMPLATE = """\
 # Assemblies that are scored per round, and in all.
 # top = 8
 # evaluations = 16
+# Seconds that measuring all blocks may take together; what has not settled by then keeps a wider interval.
+# profile_s = 40.0
 # seed = 0
 # Threads of the engine (0: the physical cores) and its batch size.
 # threads = 0
 # batch = 1
-# Size of the images (C, H, W). By default the donors' own.
-# input_size = [3, 32, 32]
 """

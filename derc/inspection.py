@@ -71,7 +71,7 @@ def show_profile(settings: CompileSettings, console: Console, output: Path | Non
 
     context = open_context(settings, console)
     timings = Timings()
-    table = measure(context, analyse(context, settings, timings), timings)
+    table = measure(context, analyse(context, settings, timings), settings, timings)
     plain = asdict(table)
     if output is not None:
         try:

@@ -130,7 +130,7 @@ def test_looking_commands(compiled, tmp_path):
     parts = json.loads(derc("partition", *words, "--json").stdout)
     assert all(len(blocks) == 4 for blocks in parts["blocks"].values())
     assert "equivalence set 3" in derc("partition", *words).stdout
-    run = derc("profile", *words, "-o", tmp_path / "table.json")
+    run = derc("profile", *words, "--profile-s", "4", "-o", tmp_path / "table.json")
     assert run.returncode == 0
     table = json.loads((tmp_path / "table.json").read_text())
     assert len(table["blocks"]) == 12
@@ -168,7 +168,7 @@ def test_a_damaged_store_entry_is_said_and_made_anew(compiled, tmp_path):
 def test_ctrl_c_leaves_nothing_and_the_same_command_goes_on(tmp_path, after_s):
     zoo = small_zoo(tmp_path, "resnet-slim", "convnext")
     words = [sys.executable, "-m", "derc", "compile", "--zoo", zoo, "--data", "digits", "--evaluations", "1"]
-    words += ["--probe", "64", "-o", tmp_path / "o"]
+    words += ["--probe", "64", "--profile-s", "3", "-o", tmp_path / "o"]
     environ = {**os.environ, "DERC_CACHE": str(tmp_path / "c")}
     process = subprocess.Popen(list(map(str, words)), env=environ, stderr=subprocess.PIPE, text=True)
     time.sleep(after_s)

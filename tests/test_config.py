@@ -60,8 +60,6 @@ def test_other_budgets_are_kept(value, key):
         ({"epsilon": float("nan")}, {}, "", "--epsilon.*finite"),
         ({"solver": "cplex"}, {}, "", "--solver.*highs"),
         ({"probe": 3}, {}, "", "--probe"),
-        ({"input_size": "3,0,32"}, {}, "", "--input-size.*positive"),
-        ({"input_size": "3,32"}, {}, "", "--input-size"),
         ({"zoo": "timm:resnet18"}, {}, "", "--data is missing.*timm:resnet18"),
     ],
 )
@@ -72,17 +70,13 @@ def test_bad_settings(tmp_path, flags, environ, file, words):
     assert re.search(words, str(caught.value)), caught.value
 
 
-def test_input_size_as_text(tmp_path):
-    assert resolve({}, {"DERC_INPUT_SIZE": "3,32,48"}, tmp_path).input_size == (3, 32, 48)
-
-
 def test_the_template_is_commented_whole_and_its_settings_are_the_defaults(tmp_path):
     assert tomllib.loads(TEMPLATE) == {}
     bare = re.sub(r"^# (?=\w+ = )", "", TEMPLATE, flags=re.MULTILINE)
     (tmp_path / "derc.toml").write_text(bare)
     settings = resolve({}, {}, tmp_path)
     assert set(tomllib.loads(bare)) == set(KEYS)
-    examples = {*BUDGETS, "checkpoint", "input_size"}
+    examples = {*BUDGETS, "checkpoint"}
     defaults = CompileSettings()
     for key in set(KEYS) - examples:
         assert getattr(settings, key) == getattr(defaults, key), key
