@@ -90,8 +90,8 @@ class OnnxSession:
 class OnnxRuntime:
     """Engine on the CPU with fixed threads (0: the physical cores).
 
-    Threads spin for work within a run and sleep between runs: sessions do not disturb each other, and small operators do
-    not pay for waking a thread (without any spinning, small networks are 6 to 35% slower and scatter more).
+    Threads spin for work within a run and sleep between runs: sessions do not disturb each other, and small operators
+    do not pay for waking a thread (without any spinning, small networks are 6 to 35% slower and scatter more).
     """
 
     name: ClassVar[str] = "onnxruntime"

@@ -1,4 +1,4 @@
-"""Five latency budgets between the fastest and the slowest donor: what is promised, measured and reached without training.
+"""Five latency budgets between the fastest and the slowest donor: what is promised, measured and reached.
 
     python benchmarks/compile.py [--zoo digits --data digits] [--budgets 5] [-o result.json]
 

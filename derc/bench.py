@@ -15,7 +15,7 @@ from derc.console import Console
 from derc.engine import Engine
 from derc.errors import DercError
 from derc.lowered import Lowered
-from derc.measure import MeasureOptions, Measurement, measure
+from derc.measure import Measurement, MeasureOptions, measure
 from derc.workspace import LiveDonors
 from derc.zoo import Zoo
 

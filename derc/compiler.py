@@ -88,7 +88,9 @@ def compile_bundle(settings: CompileSettings, console: Console, command: str) ->
     )
     search.run()
     chosen, emitted, shipped, met = ship(search, settings.profile_s, timings)
-    outcome = Outcome(settings, command, context, search, analysis.lowered, chosen, emitted, shipped, met, timings, NEGLIGIBLE)
+    outcome = Outcome(
+        settings, command, context, search, analysis.lowered, chosen, emitted, shipped, met, timings, NEGLIGIBLE
+    )
     manifest = summarise(outcome, started)
     if not met:
         raise OverBudgetError(
@@ -125,9 +127,7 @@ def ship(search: Search, measure_s: float, timings: Timings) -> tuple[Judged, Em
     return *fastest, False
 
 
-def _measured(
-    context: Context, emitted: Emitted, budget: float | None, measure_s: float, timings: Timings
-) -> Shipped:
+def _measured(context: Context, emitted: Emitted, budget: float | None, measure_s: float, timings: Timings) -> Shipped:
     """Build, verify and measure; once more, and longer, where the interval straddles the budget."""
     for limit in (0.5 * measure_s, 1.5 * measure_s):
         start = time.perf_counter()
@@ -137,8 +137,8 @@ def _measured(
         if budget is None or latency.stable or not latency.low_ms <= budget < latency.high_ms:
             return shipped
     raise UnstableError(
-        f"the latency did not settle: {latency.low_ms:.3f} to {latency.high_ms:.3f} ms around the budget of {budget} ms; "
-        "stop other work on this machine and try again"
+        f"the latency did not settle: {latency.low_ms:.3f} to {latency.high_ms:.3f} ms around the budget of "
+        f"{budget} ms; stop other work on this machine and try again"
     )
 
 

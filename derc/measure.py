@@ -90,9 +90,10 @@ def measure(
 ) -> Measurement:
     """Measure all candidates against each other; calling one runs it once and returns its seconds.
 
-    Rounds run every candidate that has not settled in random order, and the anchor and its control always. `anchor`
-    defaults to the candidate of median warm-up time. What has not settled when time is out is kept with stable=False
-    and its wider interval. Raises DercError where there are no candidates.
+    Each round runs every candidate and the control once, in random order. A candidate that has settled goes on: one that
+    left early would be compared with others' times under another load. `anchor` defaults to the candidate of median
+    warm-up time. What has not settled when time is out is kept with stable=False and its wider interval. Raises
+    DercError where there are no candidates.
     """
     if not candidates:
         raise DercError("there is nothing to measure")
@@ -102,7 +103,7 @@ def measure(
     anchor = anchor if anchor is not None else sorted(hints, key=lambda name: hints[name])[(len(hints) - 1) // 2]
     series = {name: _Series(run) for name, run in candidates.items()}
     control = _Series(candidates[anchor])
-    rounds = _rounds(series, (series[anchor], control), options, lambda: clock() - start)
+    rounds = _rounds(series, control, options, lambda: clock() - start)
     for _ in track(rounds, "measure", len(series)):
         pass
     timings = {name: one.timing(options) for name, one in series.items()}
@@ -131,12 +132,11 @@ def interval_rank(n: int, confidence: float = 0.95) -> int:
 
 @dataclass
 class _Series:
-    """The samples of one candidate, in order of time and sorted; `checked` is the count at the last look."""
+    """The samples of one candidate, in order of time and sorted."""
 
     run: Candidate
     samples: list[float] = field(default_factory=list)
     ordered: list[float] = field(default_factory=list)
-    checked: int = 0
 
     def add(self, rewarm: int) -> None:
         for _ in range(rewarm):
@@ -154,14 +154,6 @@ class _Series:
         low, high = self.interval(options.confidence)
         enough = len(self.ordered) >= options.min_samples
         return enough and high - low <= 2 * options.precision * median(self.ordered)
-
-    def due(self, options: MeasureOptions) -> bool:
-        """Whether there are 5% more samples than at the last look: fewer looks, fewer lucky stops."""
-        count = len(self.samples)
-        if count < options.min_samples or count < 1.05 * self.checked:
-            return False
-        self.checked = count
-        return True
 
     def timing(self, options: MeasureOptions) -> Timing:
         low, high = self.interval(options.confidence)
@@ -181,24 +173,28 @@ def _warm_up(run: Candidate, options: MeasureOptions, clock: Callable[[], float]
 
 
 def _rounds(
-    series: Mapping[str, _Series],
-    anchors: tuple[_Series, _Series],
-    options: MeasureOptions,
-    elapsed: Callable[[], float],
+    series: Mapping[str, _Series], control: _Series, options: MeasureOptions, elapsed: Callable[[], float]
 ) -> Iterator[str]:
-    """Run rounds until all has settled or time is out; yields each candidate's name once it is done."""
-    order, active = random.Random(options.seed), dict(series)
+    """Run rounds until all have settled at one look or time is out; yields each name when it first has.
+
+    Looks come at 5% more rounds each time: fewer looks, fewer lucky stops.
+    """
+    order, turn = random.Random(options.seed), [control, *series.values()]
     least = next(n for n in range(1, 10_000) if interval_rank(n, options.confidence))
-    rounds, free = 0, elapsed() + min(options.span_s, options.limit_s / 4)
-    while active and (rounds < least or elapsed() < options.limit_s):
-        turn = [*anchors, *(one for one in active.values() if one is not anchors[0])]
+    free = elapsed() + min(options.span_s, options.limit_s / 4)
+    waiting, rounds, look = dict.fromkeys(series), 0, options.min_samples
+    while rounds < least or elapsed() < options.limit_s:
         order.shuffle(turn)
         for one in turn:
             one.add(options.rewarm)
         rounds += 1
-        if elapsed() < free:
+        if rounds < look or elapsed() < free:
             continue
-        for name in [name for name, one in active.items() if one.due(options) and one.settled(options)]:
-            del active[name]
+        look = math.ceil(1.05 * rounds)
+        settled = {name for name, one in series.items() if one.settled(options)}
+        for name in [name for name in waiting if name in settled]:
+            del waiting[name]
             yield name
-    yield from active
+        if len(settled) == len(series):
+            break
+    yield from waiting

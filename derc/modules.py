@@ -25,9 +25,9 @@ class Normalize(nn.Module):
 class Stitch(nn.Module):
     """Joins two blocks: regrids, maps the channels linearly and changes the layout.
 
-    `source` and `target` are (layout, channels, prefix tokens, (height, width) or None). Pooling comes before the
-    linear map, enlarging after it. Prefix (class, register) tokens of the target are a linear map of the source's mean and
-    prefix tokens.
+    `source` and `target` are (layout, channels, prefix tokens, (height, width) or None). Pooling comes before
+    the linear map, enlarging after it. Prefix (class, register) tokens of the target are a linear map of the source's
+    mean and prefix tokens.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class Stitch(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x, summary = self.split(x)
         if self.target_layout == "NC":
-            return self.linear(x.mean((2, 3)))
+            pooled: torch.Tensor = self.linear(x.mean((2, 3)))
+            return pooled
         grid = self.target_grid or (x.shape[2], x.shape[3])
         shrinks = grid[0] * grid[1] <= x.shape[2] * x.shape[3]
         x = self.map(self.regrid(x, grid)) if shrinks else self.regrid(self.map(x), grid)
@@ -83,5 +84,4 @@ class Stitch(nn.Module):
         if self.prefix is None:
             return x
         tokens = self.prefix(summary).reshape(x.shape[0], self.target_prefix, x.shape[2])
-        joined: torch.Tensor = torch.cat([tokens, x], 1)
-        return joined
+        return torch.cat([tokens, x], 1)

@@ -88,7 +88,7 @@ def print_network(
     lowered: Mapping[str, Lowered],
     states: Iterable[Mapping[str, torch.Tensor]],
 ) -> Printed:
-    """The module text of an assembly with the given stitch weights; neighbours that no stitch parts become one block."""
+    """The module text of an assembly with the given stitch weights; blocks that no stitch parts become one."""
     assembly, plan = merged(assembly), str(assembly)
     remaining = list(states)
     parts: list[str] = []

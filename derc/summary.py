@@ -60,7 +60,7 @@ def command_line(settings: CompileSettings) -> str:
 def _arguments(settings: CompileSettings) -> list[str]:
     """The flags that give these settings, the output left out and paths made absolute."""
     result: list[str] = []
-    for name, value in settings.model_dump(exclude={"output"}, exclude_none=True).items():
+    for name, value in settings.model_dump(exclude={"output", "defaulted"}, exclude_none=True).items():
         if name == "data" and isinstance(value, str) and ":" in value:
             kind, _, path = value.partition(":")
             value = f"{kind}:{Path(path).absolute()}"

@@ -36,7 +36,11 @@ class Target:
 
 def _gpu_sentence(name: str) -> str:
     """What is missing for a GPU target on this machine, and what can be done."""
-    remedy = "compile for this machine's processor with --target cpu, or bound the size with --params-m or --macs-g there"
+    remedy = (
+        "compile for this machine's processor with --target cpu, or bound the size with --params-m or --macs-g there"
+    )
     if not Path("/proc/driver/nvidia/version").exists():
         return f"target {name} needs an NVIDIA {name.upper()}, and this machine has no NVIDIA driver: {remedy}"
-    return f"target {name} needs an engine for NVIDIA GPUs, and this version of derc builds engines for cpu only: {remedy}"
+    return (
+        f"target {name} needs an engine for NVIDIA GPUs, and this version of derc builds engines for cpu only: {remedy}"
+    )

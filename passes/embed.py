@@ -93,8 +93,9 @@ def centred_gram(values: torch.Tensor, *, debiased: bool = False) -> Array:
     gram: Array = (values @ values.T).double().numpy()
     n = len(gram)
     if not debiased:
-        gram -= gram.mean(0)
-        return gram - gram.mean(1, keepdims=True)
+        gram = gram - gram.mean(0)
+        centred: Array = gram - gram.mean(1, keepdims=True)
+        return centred
     np.fill_diagonal(gram, 0.0)
     rows = gram.sum(0) / (n - 2)
     gram = gram - rows[:, None] - rows[None, :] + gram.sum() / ((n - 1) * (n - 2))

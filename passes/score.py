@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from derc.artifacts import Array, Scores, ScoredRound, StitchedAssembly, digest
+from derc.artifacts import Array, ScoredRound, Scores, StitchedAssembly, digest
 from derc.assembled import assemble
 from derc.data import Split
 from derc.judge import answers, columns_of, consensus, correct, logits

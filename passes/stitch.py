@@ -152,4 +152,4 @@ def _map(stitch: Stitch, target: torch.Tensor) -> torch.Tensor:
         return target.permute(0, 3, 1, 2)
     tokens = target[:, stitch.target_prefix :]
     height, width = stitch.target_grid or (tokens.shape[1], 1)
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], height, width)

@@ -42,5 +42,7 @@ def compiled(tmp_path_factory):
     """(bundle, result, zoo file) of a compile of three donors under a generous latency budget."""
     folder = tmp_path_factory.mktemp("compiled")
     zoo = small_zoo(folder, *KEPT)
-    result = derc.compile(str(zoo), "digits", latency_ms=50.0, out=folder / "out", evaluations=6, probe=128, profile_s=4)
+    result = derc.compile(
+        str(zoo), "digits", latency_ms=50.0, out=folder / "out", evaluations=6, probe=128, profile_s=4
+    )
     return folder / "out", result, zoo

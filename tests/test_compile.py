@@ -72,7 +72,7 @@ def test_bundle_is_whole_and_its_module_is_what_was_reported(compiled):
 
 
 def test_engine_and_onnx_agree_with_the_module(compiled):
-    folder, result, _ = compiled
+    folder, _, _ = compiled
     x = next(iter(Data.load("digits").validation.batches(1)))[0]
     with torch.no_grad():
         want = derc.load(folder)(x).numpy()
@@ -99,7 +99,9 @@ def test_a_second_budget_reuses_everything_but_the_search(compiled, tmp_path):
     slow = first["accuracy"]["donors"]
     ms = bundle.read(folder)["donors"]
     budget = 1.3 * min(ms[name]["latency"]["ms"] for name in slow)
-    result = derc.compile(str(zoo), "digits", latency_ms=budget, out=tmp_path / "o", evaluations=4, probe=128, profile_s=4)
+    result = derc.compile(
+        str(zoo), "digits", latency_ms=budget, out=tmp_path / "o", evaluations=4, probe=128, profile_s=4
+    )
     reused = bundle.read(tmp_path / "o")["reused"]
     assert {"lower", "cut", "embed", "partition", "profile"} <= set(reused)
     assert result["latency"]["ci95_ms"][1] <= budget
@@ -118,7 +120,9 @@ def test_a_zoo_of_one_donor_compiles_to_itself(tmp_path):
 
 def test_budgets_of_size_bind(compiled, tmp_path):
     _, _, zoo = compiled
-    result = derc.compile(str(zoo), "digits", params_m=0.12, macs_g=0.003, out=tmp_path / "o", evaluations=3, probe=128, profile_s=4)
+    result = derc.compile(
+        str(zoo), "digits", params_m=0.12, macs_g=0.003, out=tmp_path / "o", evaluations=3, probe=128, profile_s=4
+    )
     assert result["selected"]["params"] <= 120_000
     assert result["selected"]["macs"] <= 3_000_000
 
@@ -127,7 +131,9 @@ def test_images_without_labels_compile_by_agreement(compiled, tmp_path):
     _, _, zoo = compiled
     images = np.concatenate([split.images for split in (Data.load("digits").probe, Data.load("digits").validation)])
     np.savez(tmp_path / "x.npz", x=images)
-    result = derc.compile(str(zoo), f"npz:{tmp_path / 'x.npz'}", out=tmp_path / "o", evaluations=2, probe=128, profile_s=4)
+    result = derc.compile(
+        str(zoo), f"npz:{tmp_path / 'x.npz'}", out=tmp_path / "o", evaluations=2, probe=128, profile_s=4
+    )
     accuracy = result["accuracy"]
     assert accuracy["heldout"] is accuracy["validation"] is accuracy["random_stitch_heldout"] is None
     assert bundle.read(tmp_path / "o")["candidates"][0]["agreement"] is not None

@@ -13,7 +13,7 @@ from derc.assembled import assemble
 from derc.data import Split
 from derc.errors import DercError
 from derc.ir import Layout, TensorType
-from derc.passes.stitch import FitStitches, Moments, body_rows, ridge
+from derc.passes.stitch import FitStitches, Moments, ridge
 from tests.world import make_context
 
 KINDS = [
