@@ -26,6 +26,8 @@ from derc.search import Judged, Search
 from derc.summary import Outcome, summarise
 from derc.workspace import NEGLIGIBLE, open_context
 
+LARGEST_MARGIN = 0.5
+"""No prediction is distrusted more than this: what is built is measured anyway."""
 ATTEMPTS = 6
 """How many networks are built and measured before the compile gives up on the budget."""
 
@@ -80,7 +82,7 @@ def compile_bundle(settings: CompileSettings, console: Console, command: str) ->
         macs_g=settings.macs_g,
         memory_mb=settings.memory_mb,
         top=settings.top,
-        margin=margin_from(table) if settings.latency_ms else 0.0,
+        margin=min(margin_from(table), LARGEST_MARGIN) if settings.latency_ms else 0.0,
         heads=heads,
     )
     search = Search(

@@ -83,7 +83,7 @@ def resolve(flags: Mapping[str, object], environ: Mapping[str, str], directory: 
     origin |= {key: PREFIX + key.upper() for key in variables}
     origin |= {key: "--" + key.replace("_", "-") for key in flags}
     settings = _validated(given, origin)
-    if "zoo" in given and settings.zoo != "digits" and "data" not in given:
+    if "data" not in given and (settings.zoo.startswith("timm:") or Path(settings.zoo).suffix == ".toml"):
         raise UsageError(f"--data is missing: the zoo {settings.zoo} needs images, give folder:PATH or npz:PATH")
     return settings
 

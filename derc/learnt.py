@@ -25,8 +25,6 @@ LOSS_SPREADS = (0.1, 0.05, 0.1, 0.01)
 """Prior standard deviations of the stitched, block and edge corrections of the loss, and the noise of a score."""
 LATENCY_SPREADS = (0.1, 0.1, 0.1, 0.005)
 """The same for latencies, as shares of the network's."""
-LARGEST_MARGIN = 0.5
-"""No prediction is distrusted more than this; what is built is measured anyway."""
 LEAST_SHARE = 0.1
 """An edge's latency never falls below this share of its parts' own, whatever the corrections say."""
 
@@ -221,7 +219,7 @@ def margin_from(
     if knowledge is not None and graph is not None:
         errors += _measured_errors(graph, table, knowledge)
     worst = float(np.quantile(errors, quantile, method="higher")) if errors else 0.0
-    return min(max(worst, table.noise, 0.0), LARGEST_MARGIN)
+    return max(worst, table.noise, 0.0)
 
 
 def _intact_errors(table: LatencyTable) -> list[float]:

@@ -26,15 +26,20 @@ class MeasureOptions:
     """When a median counts as known: its `confidence` half-width is at most `precision` of it, or `limit_s` is over.
 
     Warm-up of a candidate is `warmup_runs` runs and `warmup_s` seconds, cut short once it has settled: the fastest of
-    its last `warmup_runs` runs is no more than 2% faster than the fastest of those before. Each sample follows `rewarm`
-    runs that do not count, so that caches are as in a server's loop and a sample does not depend on who ran before.
+    its last `warmup_runs` runs is no more than 2% faster than the fastest of those before.
+
+    Each sample follows up to `rewarm_runs` runs that do not count, fewer once they have taken `rewarm_s` seconds: then
+    caches are as in a server's loop and a sample does not depend on who ran before (without, sixty small networks in
+    turn look 1.6 to 4 times slower than each alone).
+
     Nothing settles before rounds have run for `span_s` (at most a quarter of the limit): a burst of samples from one
     quiet moment agrees with itself only. `limit_s` includes the warm-up.
     """
 
     warmup_runs: int = 10
     warmup_s: float = 0.2
-    rewarm: int = 1
+    rewarm_runs: int = 4
+    rewarm_s: float = 5e-3
     precision: float = 0.01
     confidence: float = 0.95
     min_samples: int = 30
@@ -90,10 +95,10 @@ def measure(
 ) -> Measurement:
     """Measure all candidates against each other; calling one runs it once and returns its seconds.
 
-    Each round runs every candidate and the control once, in random order. A candidate that has settled goes on: one that
-    left early would be compared with others' times under another load. `anchor` defaults to the candidate of median
-    warm-up time. What has not settled when time is out is kept with stable=False and its wider interval. Raises
-    DercError where there are no candidates.
+    Each round takes one sample of every candidate and of the control, in random order. A candidate that has settled
+    goes on: one that left early would be compared with others' times under another load. `anchor` defaults to the
+    candidate of median warm-up time. What has not settled when time is out is kept with stable=False and its wider
+    interval. Raises DercError where there are no candidates.
     """
     if not candidates:
         raise DercError("there is nothing to measure")
@@ -138,9 +143,11 @@ class _Series:
     samples: list[float] = field(default_factory=list)
     ordered: list[float] = field(default_factory=list)
 
-    def add(self, rewarm: int) -> None:
-        for _ in range(rewarm):
-            self.run()
+    def add(self, options: MeasureOptions) -> None:
+        runs, spent = 0, 0.0
+        while runs < options.rewarm_runs and spent < options.rewarm_s:
+            spent += self.run()
+            runs += 1
         seconds = self.run()
         self.samples.append(seconds)
         insort(self.ordered, seconds)
@@ -186,7 +193,7 @@ def _rounds(
     while rounds < least or elapsed() < options.limit_s:
         order.shuffle(turn)
         for one in turn:
-            one.add(options.rewarm)
+            one.add(options)
         rounds += 1
         if rounds < look or elapsed() < free:
             continue

@@ -38,7 +38,7 @@ class Select:
 
     Predicted latencies must stay below (1 − `margin`) of the budget, measured ones below the budget. `heads` are the
     donors that may provide the last block (none named: all). `one_per_set` forbids leaving out an equivalence set,
-    `fresh` proposing what was evaluated before (then there may be no candidate).
+    `fresh` proposing what is known already (then there may be no candidate).
     `time_limit_s` bounds all solves together.
     """
 

@@ -81,7 +81,7 @@ def test_unstable_when_time_is_out():
 
 
 def test_a_load_that_passes_hits_all_alike():
-    """The machine is twice as slow for three seconds: what settles then must not be compared with what settles later."""
+    """The machine is twice as slow at first: what settles then must not be compared with what settles later."""
     clock = Clock()
     rng = random.Random(0)
 
@@ -91,7 +91,7 @@ def test_a_load_that_passes_hits_all_alike():
     result = run(clock, {"calm": under_load(1e-3, 0.0), "wild": under_load(1e-3, 2.0)}, limit_s=30)
     calm, wild = result.timings["calm"], result.timings["wild"]
     assert len(calm.samples) == len(wild.samples) == len(result.control.samples)
-    assert wild.median / calm.median == pytest.approx(1 + 2 * math.log(2), rel=0.05)
+    assert wild.median / calm.median == pytest.approx(1 + 2 * math.log(2), rel=0.1)
 
 
 def test_nothing_settles_in_one_quiet_moment():
@@ -107,6 +107,23 @@ def test_warm_up_has_enough_runs_and_is_not_counted():
     assert max(result.timings["a"].samples) == 1e-3
 
 
+def test_samples_follow_runs_that_rewarm():
+    """Each candidate is slow for three runs after another one ran: no sample shows it."""
+    clock, state = Clock(), {"last": "", "run": 0}
+
+    def cold(name: str) -> Callable[[], float]:
+        def seconds() -> float:
+            state.update(last=name, run=state["run"] + 1 if state["last"] == name else 1)
+            return 1e-3 if state["run"] > 3 else 1.5e-3
+
+        return seconds
+
+    result = run(clock, {name: cold(name) for name in "ab"}, limit_s=5)
+    assert {seconds for timing in result.timings.values() for seconds in timing.samples} == {1e-3}
+    slow = run(Clock(), {"slow": lambda: 0.1}, limit_s=10, warmup_s=0.0)
+    assert len(slow.timings["slow"].samples) >= 20
+
+
 def test_warm_up_goes_on_while_runs_get_faster():
     clock = Clock()
     times = (max(1e-3, 3e-3 * 0.97**turn) for turn in itertools.count())
@@ -117,7 +134,7 @@ def test_warm_up_goes_on_while_runs_get_faster():
 def test_rounds_are_interleaved_at_random_and_seeded():
     def order(seed: int) -> list[str]:
         clock = Clock()
-        run(clock, dict.fromkeys("abc", lambda: 1e-3), limit_s=2, rewarm=0, seed=seed)
+        run(clock, dict.fromkeys("abc", lambda: 1e-3), limit_s=2, rewarm_runs=0, seed=seed)
         return clock.log
 
     first = order(0)
