@@ -183,10 +183,10 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class ScoredRound:
-    """Scores of several assemblies, in the order that they were given."""
+class Consensus:
+    """What the task donors agree on: a class index for each validation image."""
 
-    scores: tuple[Scores, ...]
+    answers: Array
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from derc.config import CompileSettings
 from derc.console import Console
 from derc.errors import InfeasibleError, OverBudgetError, UnstableError, UsageError
 from derc.learnt import margin_from
+from derc.outcome import Outcome
 from derc.passes.cut import CutDonors
 from derc.passes.embed import Embed
 from derc.passes.emit import Emit
@@ -23,7 +24,7 @@ from derc.passes.profile import Profile
 from derc.passes.select import Select
 from derc.pipeline import Context, Timings, execute
 from derc.search import Judged, Search
-from derc.summary import Outcome, summarise
+from derc.summary import summarise
 from derc.workspace import NEGLIGIBLE, open_context
 
 LARGEST_MARGIN = 0.5

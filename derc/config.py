@@ -37,7 +37,7 @@ class CompileSettings(BaseModel):
     solver: Literal["highs", "gurobi", "auto"] = "auto"
     probe: int = Field(512, ge=8)
     top: int = Field(8, ge=1)
-    evaluations: int = Field(32, ge=1)
+    evaluations: int = Field(24, ge=1)
     profile_s: float = Field(40.0, gt=0, allow_inf_nan=False)
     seed: int = Field(0, ge=0)
     threads: int = Field(0, ge=0)
@@ -162,7 +162,7 @@ TEMPLATE = """\
 # probe = 512
 # Assemblies that are scored per round, and in all.
 # top = 8
-# evaluations = 32
+# evaluations = 24
 # Seconds that measuring all blocks may take together; what has not settled by then keeps a wider interval.
 # profile_s = 40.0
 # seed = 0

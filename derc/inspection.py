@@ -98,7 +98,9 @@ def _latency_text(latency: Latency) -> str:
 def list_store(store: Store) -> Shown:
     """Entries, newest last."""
     entries = sorted(store.entries(), key=lambda entry: entry.created)
-    rows: list[dict[str, Any]] = [{"key": e.key, "kind": e.kind, "note": e.note, "bytes": e.size, "created": str(e.created)} for e in entries]
+    rows: list[dict[str, Any]] = [
+        {"key": e.key, "kind": e.kind, "note": e.note, "bytes": e.size, "created": str(e.created)} for e in entries
+    ]
     lines = [f"{store.root}: {len(rows)} entries, {sum(e.size for e in entries) / 1e6:.1f} MB"]
     lines += [f"  {row['key'][:12]}  {row['note']:<10} {row['kind']:<18} {row['bytes']:>10} B" for row in rows]
     return {"root": str(store.root), "entries": rows}, "\n".join(lines)

@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     from derc.zoo import Zoo
 
 Out = TypeVar("Out", covariant=True)
+NOT_IN_KEYS: tuple[str, ...] = (
+    "api",
+    "bench",
+    "bundle",
+    "cli",
+    "__main__",
+    "compiler",
+    "config",
+    "console",
+    "doctor",
+    "inspection",
+)
+NOT_IN_KEYS += ("manifest", "outcome", "search", "summary", "version")
+"""Core modules that no pass's result depends on."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ def code_version(module: str) -> str:
 
     core = Path(__file__).parent
     sources = [Path(inspect.getfile(sys.modules[module])), *sorted(core.glob("*.py"))]
-    ignored = {"cli.py", "__main__.py", "console.py", "config.py", "compiler.py", "doctor.py"}
+    ignored = {f"{name}.py" for name in NOT_IN_KEYS}
     state = hashlib.sha256()
     for source in sources:
         if source.name not in ignored:

@@ -13,10 +13,10 @@ from torch import fx, nn
 
 from derc import modules, stitching
 from derc.artifacts import Assembly, BlockRef
+from derc.donor import Donor
 from derc.lowered import Lowered
 from derc.text import type_text
 from derc.version import VERSION
-from derc.zoo import Donor
 
 TEMPLATE = '''"""{title}
 

@@ -20,7 +20,7 @@ from derc.artifacts import (
     StitchedAssembly,
 )
 from derc.errors import InfeasibleError
-from derc.passes.score import Score
+from derc.passes.score import Consult, Score
 from derc.passes.select import Select
 from derc.passes.stitch import FitStitches
 from derc.pipeline import Context, Timings, execute
@@ -109,10 +109,10 @@ class Search:
     def _evaluate(self, candidates: list[Candidate]) -> None:
         if not candidates:
             return
-        run = self.context.console.track(candidates, "stitch")
-        stitched = tuple(execute(FitStitches(), self.context, c.assembly, timings=self.timings) for c in run)
-        scored = execute(Score(), self.context, stitched, timings=self.timings)
-        for candidate, one, scores in zip(candidates, stitched, scored.scores, strict=True):
+        reference = execute(Consult(), self.context, timings=self.timings)
+        for candidate in self.context.console.track(candidates, "stitch", len(candidates)):
+            one = execute(FitStitches(), self.context, candidate.assembly, timings=self.timings)
+            scores = execute(Score(), self.context, one, reference, timings=self.timings)
             predicted = self.select.predict(
                 candidate.assembly, self.cuts, self.embedded, self.partition, self.table, self.knowledge
             )

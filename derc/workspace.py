@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from derc import registry
+from derc.artifacts import digest
 from derc.console import Console
 from derc.data import Data
+from derc.donor import Donor
 from derc.errors import UsageError
 from derc.lowered import Lowered
 from derc.milp import choose
@@ -17,6 +20,7 @@ from derc.passes.lower import lower
 from derc.pipeline import Context
 from derc.store import Store
 from derc.target import Target
+from derc.version import VERSION
 from derc.zoo import Zoo
 
 if TYPE_CHECKING:
@@ -51,18 +55,26 @@ class LiveDonors(Mapping[str, Lowered]):
         return lowered.with_cuts(find_cuts(lowered.graph, self.negligible))
 
 
+def check_once(store: Store, donor: Donor) -> None:
+    """`donor.check()`, unless a donor of the same digest passed it before."""
+    key = digest(["checked", donor.digest(), VERSION])
+    if store.get_bytes(key) is None:
+        donor.check()
+        store.put_bytes(key, b"ok", note=f"checked {donor.name}")
+
+
 def open_context(settings: CompileSettings, console: Console) -> Context:
     """Everything a compile needs, checked; raises a DercError naming what is missing."""
     target = Target.load(settings.target, threads=settings.threads, batch=settings.batch)
     solver = choose(settings.solver)
     engine = registry.load(registry.ENGINES, target.engine)(threads=target.threads)
     checkpoint = Path(settings.checkpoint) if settings.checkpoint else None
-    zoo = Zoo.load(settings.zoo, checkpoint=checkpoint)
+    store = Store.default(say=console.say, on_damage=console.say)
+    zoo = Zoo.load(settings.zoo, checkpoint=checkpoint, check=partial(check_once, store))
     sizes = {donor.input_size for donor in zoo.donors}
     if len(sizes) > 1:
         text = ", ".join(f"{donor.name} {donor.input_size}" for donor in zoo.donors)
         raise UsageError(f"the donors' input sizes differ ({text}): give all of them one input_size in the zoo file")
     data = Data.load(settings.data, input_size=sizes.pop(), probe=settings.probe, seed=settings.seed)
-    store = Store.default(say=console.say, on_damage=console.say)
     lowered = LiveDonors(zoo, NEGLIGIBLE)
     return Context(zoo, data, target, store, engine, solver, lowered, console, settings.seed)

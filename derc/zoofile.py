@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from derc.donor import Donor
 from derc.errors import UsageError, suggest
-from derc.zoo import Donor
 
 
 class DonorTable(BaseModel):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from derc.artifacts import Array, ScoredRound, Scores, StitchedAssembly, digest
+from derc.artifacts import Consensus, Scores, StitchedAssembly, digest
 from derc.assembled import assemble
 from derc.data import Split
 from derc.judge import answers, columns_of, consensus, correct, logits
@@ -32,35 +32,44 @@ ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class Score:
-    """Scores stitched assemblies on the validation images."""
+class Consult:
+    """What the task donors' mean prediction answers on the validation images; nothing where those have labels."""
 
-    naswot_images: int = 96
-    naswot_batch: int = 32
-    name: ClassVar[str] = "score"
-    produces: ClassVar[type] = ScoredRound
+    name: ClassVar[str] = "consult"
+    produces: ClassVar[type] = Consensus
 
     def inputs(self, context: Context) -> str:
         return digest([donor.digest() for donor in context.zoo.donors], context.data.digest())
 
-    def run(self, context: Context, assemblies: tuple[StitchedAssembly, ...]) -> ScoredRound:
-        split = context.data.validation
-        reference = None
-        if split.labels is None:
-            reference = consensus([context.lowered[n] for n in context.data.task_donors(context.zoo)], split)
-        return ScoredRound(tuple(self._score(context, stitched, reference) for stitched in assemblies))
+    def run(self, context: Context) -> Consensus:
+        if context.data.validation.labels is not None:
+            return Consensus(np.zeros(0, dtype=np.int64))
+        donors = [context.lowered[name] for name in context.data.task_donors(context.zoo)]
+        return Consensus(consensus(donors, context.data.validation))
 
-    def _score(self, context: Context, stitched: StitchedAssembly, reference: Array | None) -> Scores:
+
+@dataclass(frozen=True)
+class Score:
+    """Scores a stitched assembly on the validation images: against labels, else against the consensus."""
+
+    naswot_images: int = 96
+    naswot_batch: int = 32
+    name: ClassVar[str] = "score"
+    produces: ClassVar[type] = Scores
+
+    def inputs(self, context: Context) -> str:
+        return digest([donor.digest() for donor in context.zoo.donors], context.data.digest())
+
+    def run(self, context: Context, stitched: StitchedAssembly, reference: Consensus) -> Scores:
         network = assemble(stitched.assembly, context.lowered, stitched.states)
         split = context.data.validation
         outputs = logits(network, split)
         columns = columns_of(context.zoo[stitched.assembly.blocks[-1].donor].labels, context.data)
         right = correct(outputs, split, columns)
+        labelled = right is not None
         if right is None:
-            right = answers(outputs, None) == reference
-        return Scores(
-            naswot(network, context.data.probe, self.naswot_images, self.naswot_batch), reference is None, right
-        )
+            right = answers(outputs, None) == reference.answers
+        return Scores(naswot(network, context.data.probe, self.naswot_images, self.naswot_batch), labelled, right)
 
 
 class Codes(TorchDispatchMode):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from derc.data import Data, label_map, split_indices
+from derc.donor import Donor
 from derc.errors import UsageError
-from derc.zoo import Donor, Zoo
+from derc.zoo import Zoo
 
 SIZE = (3, 16, 16)
 

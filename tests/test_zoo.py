@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from derc.donor import Donor
 from derc.errors import DercError, MissingDependencyError, UsageError
-from derc.zoo import Donor, Zoo
+from derc.zoo import Zoo
 
 KWARGS = "{ num_classes = 2, channels = [8, 8, 8, 8] }"
 RESNET = f'name = "a"\nfactory = "timm:resnet18"\nkwargs = {KWARGS}\ninput_size = [3, 32, 32]\n'

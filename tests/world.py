@@ -6,13 +6,14 @@ from pathlib import Path
 
 from derc.console import Console
 from derc.data import Data
+from derc.donor import Donor
 from derc.milp import choose
 from derc.pipeline import Context
 from derc.registry import ENGINES, load
 from derc.store import Store
 from derc.target import Target
 from derc.workspace import NEGLIGIBLE, LiveDonors
-from derc.zoo import Donor, Zoo
+from derc.zoo import Zoo
 from tests.networks import FAMILIES
 
 DIGITS = tuple(str(i) for i in range(10))

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from derc.zoo import Donor
+from derc.donor import Donor
 
 DATA = "Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998, UCI, CC BY 4.0), as scikit-learn ships it"
 TEMPLATE = """# {name}

@@ -20,10 +20,10 @@ from derc.data import Split
 from derc.digits import FOLDER, load_split
 from derc.digits.cards import write_card, write_overview
 from derc.digits.recipes import RECIPES, Recipe
+from derc.donor import Donor
 from derc.factories import make
 from derc.images import resize
 from derc.modules import Normalize
-from derc.zoo import Donor
 from derc.zoofile import read_toml
 
 SIZE = (3, 32, 32)

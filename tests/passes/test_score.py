@@ -10,7 +10,7 @@ from torch import nn
 from derc.artifacts import Assembly, BlockRef, StitchedAssembly
 from derc.data import Data, Split
 from derc.judge import answers
-from derc.passes.score import Score, log_determinant, naswot
+from derc.passes.score import Consult, Score, log_determinant, naswot
 from tests.world import make_context
 
 
@@ -37,9 +37,9 @@ def intact(context, name):
 
 def test_labelled_score_is_accuracy_on_validation(tmp_path):
     context = make_context(tmp_path, "resnet", "convnext")
-    scored = Score().run(context, (intact(context, "resnet"), intact(context, "convnext")))
     images, labels = next(iter(context.data.validation.batches(10000)))
-    for name, one in zip(("resnet", "convnext"), scored.scores, strict=True):
+    for name in ("resnet", "convnext"):
+        one = Score().run(context, intact(context, name), Consult().run(context))
         with torch.no_grad():
             outputs = context.lowered[name].program.eval()(images)
         assert one.labelled
@@ -51,6 +51,6 @@ def test_without_labels_the_score_is_agreement_with_the_donors(tmp_path):
     data = context.data
     bare = Data("bare", None, *(Split(s.images, None) for s in (data.probe, data.validation, data.heldout)))
     context = type(context)(**{**vars(context), "data": bare})
-    (one,) = Score().run(context, (intact(context, "resnet"),)).scores
+    one = Score().run(context, intact(context, "resnet"), Consult().run(context))
     assert not one.labelled
     assert one.value == 1.0

@@ -1,0 +1,169 @@
+"""The manifest of a bundle, from the outcome of its compile."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from derc import bundle, stitching
+from derc.artifacts import Latency
+from derc.ir import Op, TensorType
+from derc.outcome import Outcome, accuracies, plan_graph
+from derc.pipeline import Context
+from derc.search import Judged, Search
+from derc.version import VERSION
+
+
+def manifest_of(outcome: Outcome) -> dict[str, Any]:
+    """The manifest without timings and files."""
+    first = outcome.search.cuts.donors[outcome.chosen.assembly.blocks[0].donor].cuts[0]
+    return {
+        "schema": bundle.SCHEMA,
+        "derc": VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "status": "ok" if outcome.met else "over_budget",
+        "command": outcome.command,
+        "target": _target(outcome.context),
+        "zoo": {"spec": outcome.settings.zoo, "negligible": outcome.negligible},
+        "input": {"shape": list(first.type.shape), "range": [0, 1]},
+        "budget": {n: getattr(outcome.settings, n) for n in ("latency_ms", "params_m", "macs_g", "memory_mb")},
+        "selected": _selected(outcome),
+        "latency": _latency(outcome),
+        "accuracy": accuracies(outcome),
+        "solver": _solver(outcome.search),
+        "donors": _donors(outcome),
+        "candidates": [_candidate(one, outcome) for one in outcome.search.judged.values()],
+        "partition": _partition(outcome),
+        "similarity": _similarity(outcome),
+        "parity": asdict(outcome.shipped.parity),
+        "placement": outcome.shipped.placement,
+    }
+
+
+def _target(context: Context) -> dict[str, Any]:
+    target = context.target
+    return {"name": target.name, "engine": context.engine.describe(), "batch": target.batch}
+
+
+def _selected(outcome: Outcome) -> dict[str, Any]:
+    assembly, chosen = outcome.chosen.assembly, outcome.chosen
+    plan = plan_graph(assembly, outcome)
+    blocks = [op for op in plan.ops if op.kind == "block"]
+    stitches = [op for op in plan.ops if op.kind == "stitch"]
+    residuals = chosen.stitched.residual
+    return {
+        "assembly": str(assembly),
+        "intact": assembly.intact,
+        "blocks": [
+            {**asdict(block), "params": op.params, "macs": op.macs}
+            for block, op in zip(assembly.blocks, blocks, strict=True)
+        ],
+        "stitches": [_stitch(op, residual) for op, residual in zip(stitches, residuals, strict=True)],
+        "params": plan.params,
+        "macs": plan.macs,
+        "memory_mb": chosen.predicted["memory_mb"],
+    }
+
+
+def _stitch(op: Op, residual: float) -> dict[str, Any]:
+    source, _, target = op.target.partition(">")
+    index = int(op.name.removeprefix("stitch"))
+    return {
+        "before": index,
+        "source": source,
+        "target": target,
+        "params": op.params,
+        "macs": op.macs,
+        "residual": round(residual, 6),
+    }
+
+
+def _latency(outcome: Outcome) -> dict[str, Any]:
+    latency = outcome.shipped.latency
+    return {
+        "predicted_ms": outcome.chosen.predicted["latency_ms"],
+        "measured_ms": latency.ms,
+        "ci95_ms": [latency.low_ms, latency.high_ms],
+        "provenance": latency.provenance,
+        "stable": latency.stable,
+        "samples": latency.samples,
+        "noise": outcome.shipped.noise,
+    }
+
+
+def _solver(search: Search) -> dict[str, Any]:
+    found = search.selection
+    names = ("status", "objective", "bound", "gap")
+    return {
+        "name": found.solver if found else search.context.solver.name,
+        **{name: getattr(found, name) if found else None for name in names},
+        "evaluations": search.spent,
+    }
+
+
+def _donors(outcome: Outcome) -> dict[str, Any]:
+    context, table = outcome.context, outcome.search.table
+    result = {}
+    for donor in context.zoo.donors:
+        graph = outcome.lowered.graphs[donor.name]
+        latency = table.donors.get(donor.name)
+        result[donor.name] = {
+            "factory": donor.factory,
+            "source": donor.source,
+            "licence": donor.licence,
+            "sha256": donor.digest(),
+            "params": graph.params,
+            "macs": graph.macs,
+            "cuts": [_cut(cut.name, cut.type) for cut in outcome.search.cuts.donors[donor.name].cuts],
+            "task": donor.name in outcome.search.select.heads,
+            "latency": _plain(latency) if latency else None,
+        }
+    return result
+
+
+def _cut(name: str, kind: TensorType) -> str:
+    return f"{name}: {stitching.describe(kind)}"
+
+
+def _plain(latency: Latency) -> dict[str, Any]:
+    return {name: getattr(latency, name) for name in ("ms", "low_ms", "high_ms", "provenance", "stable")}
+
+
+def _candidate(one: Judged, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "assembly": str(one.assembly),
+        "intact": one.assembly.intact,
+        "chosen": one.assembly == outcome.chosen.assembly,
+        "validation": one.scores.value if one.scores.labelled else None,
+        "agreement": None if one.scores.labelled else one.scores.value,
+        "naswot": one.scores.naswot,
+        "predicted_ms": one.predicted["latency_ms"],
+        "measured_ms": one.measured.ms if one.measured else None,
+    }
+
+
+def _partition(outcome: Outcome) -> dict[str, Any]:
+    donors = outcome.search.cuts.donors
+    return {
+        name: [
+            {
+                "first": b.first,
+                "last": b.last,
+                "set": b.set,
+                "macs": sum(u.macs for u in donors[name].units[b.first : b.last]),
+            }
+            for b in blocks
+        ]
+        for name, blocks in outcome.search.partition.blocks.items()
+    }
+
+
+def _similarity(outcome: Outcome) -> dict[str, Any]:
+    embedded = outcome.search.embedded
+    return {
+        "estimator": embedded.estimator,
+        "images": embedded.images,
+        "index": [[cut.donor, cut.cut] for cut in embedded.index],
+        "values": embedded.similarity.round(4).tolist(),
+    }
