@@ -31,8 +31,10 @@ def check_output(output: Path) -> None:
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"the output {output} cannot be written: {parent} is not a writable directory")
+    try:
+        Path(tempfile.mkdtemp(prefix=".derc.", dir=parent)).rmdir()
+    except OSError as error:
+        raise UsageError(f"the output {output} cannot be written: {parent}: {error.strerror}") from error
 
 
 def write(output: Path, files: Mapping[str, bytes], manifest: dict[str, Any]) -> dict[str, Any]:

@@ -18,15 +18,25 @@ PREFIXES = ("module.", "_orig_mod.", "backbone.")
 CONVERT = "convert it with safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
 
 
+def read_bytes(path: Path) -> bytes:
+    """The checkpoint's bytes; raises UsageError for a file that is missing, empty or cannot be read."""
+    if not path.is_file():
+        raise UsageError(f"checkpoint {path} does not exist or is not a file: check the path")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    if not content:
+        raise UsageError(f"checkpoint {path} is empty: download or copy it again")
+    return content
+
+
 def load_state(path: Path) -> dict[str, Tensor]:
     """The state dict in `path`, out of its container and without the prefixes that all its names share.
 
     Raises UsageError for a file that is missing, truncated, no checkpoint, or holds pickled code, which is never run.
     """
-    if not path.is_file():
-        raise UsageError(f"checkpoint {path} does not exist or is not a file: check the path")
-    if path.stat().st_size == 0:
-        raise UsageError(f"checkpoint {path} is empty: download or copy it again")
+    read_bytes(path)
     loaded = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
     state = _strip(_unwrap(loaded, path))
     _check_finite(state, path)

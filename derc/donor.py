@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from derc.artifacts import digest
-from derc.checkpoints import load_into, load_state_into
+from derc.checkpoints import load_into, load_state_into, read_bytes
 from derc.errors import MissingDependencyError, UsageError
 from derc.factories import first_line, make, source_bytes
 
@@ -79,7 +79,7 @@ class Donor:
     def _digest(self) -> str:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kwargs", "weights", "folder")}
         if self.weights is not None:
-            return digest(plain, dict(self.kwargs), self.weights.read_bytes(), source_bytes(self.factory))
+            return digest(plain, dict(self.kwargs), read_bytes(self.weights), source_bytes(self.factory))
         state = {name: value.numpy() for name, value in self.build().state_dict().items()}
         return digest(plain, dict(self.kwargs), state, source_bytes(self.factory))
 

@@ -165,7 +165,11 @@ def _failure(
 def _least(program: PathProgram, budget: Budget, solver: Solver, time_limit_s: float) -> tuple[float, str]:
     """The smallest achievable amount of one resource, without any budget, and the assembly that has it."""
     answer = solver.solve(program.build(budget.resource), time_limit_s=time_limit_s)
-    return (inf, "none found in time") if answer.x is None else (answer.objective, spans(program.read(answer.x)))
+    if answer.x is None:
+        return inf, "none found in time"
+    assembly = program.read(answer.x)
+    untried = budget.resource == "latency_ms" and assembly not in program.learnt.measured
+    return answer.objective, spans(assembly) + (", predicted" if untried else "")
 
 
 def spans(assembly: Assembly) -> str:

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from derc.config import TEMPLATE
+from derc.digits import FOLDER
 from derc.store import Store
 from tests.conftest import small_zoo
 
@@ -61,6 +62,7 @@ def test_help_and_import_load_no_heavy_package():
         (["--zoo", "nowhere.toml", "--data", "digits"], 2, ["nowhere.toml"]),
         (["--zoo", "timm:resnet19", "--data", "digits"], 2, ["resnet19", "did you mean"]),
         (["--data", "folder:nowhere"], 2, ["nowhere"]),
+        (["-o", "/proc/nowhere/out"], 2, ["/proc", "cannot be written"]),
         (["--data", "npz:nowhere.npz"], 2, ["nowhere.npz"]),
         (["--target", "cqu"], 2, ["cqu", "did you mean"]),
         (["--target", "a100"], 5, ["A100", "--target cpu"]),
@@ -70,8 +72,26 @@ def test_help_and_import_load_no_heavy_package():
     ],
 )
 def test_a_wrong_request_is_one_sentence(tmp_path, words, code, says):
-    refused(derc("compile", *words, "-o", tmp_path / "o", cwd=tmp_path), code, *says)
+    refused(derc("compile", "-o", tmp_path / "o", *words, cwd=tmp_path), code, *says)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b"hello", "not a checkpoint"),
+        (b"\x80\x04cos\nsystem\n.", "checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path, content, says):
+    zoo = small_zoo(tmp_path, "convnext")
+    zoo.write_text(zoo.read_text().replace(f"{FOLDER / 'convnext'}.safetensors", "mine.pt"))
+    if content is not None:
+        (tmp_path / "mine.pt").write_bytes(content)
+    run = derc("compile", "--zoo", zoo, "--data", "digits", "-o", tmp_path / "o")
+    refused(run, 2, "mine.pt", says)
 
 
 def test_output_that_cannot_be_taken_is_refused_before_any_work(tmp_path):
