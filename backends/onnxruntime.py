@@ -91,7 +91,7 @@ class OnnxRuntime:
     """Engine on the CPU with fixed threads (0: the physical cores).
 
     Threads spin for work within a run and sleep between runs: sessions do not disturb each other, and small operators
-    do not pay for waking a thread (without any spinning, small networks are 6 to 35% slower and scatter more).
+    do not pay for waking a thread (without any spinning, small networks were 9 to 55% slower).
     """
 
     name: ClassVar[str] = "onnxruntime"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+PATIENCE_S = 2.0
+CLEAR = "\r\x1b[2K"
 
 
 class Console:
@@ -16,6 +20,7 @@ class Console:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.interactive = sys.stderr.isatty() and not quiet
+        self._bars = 0
 
     def say(self, message: str) -> None:
         """Print one line."""
@@ -29,13 +34,33 @@ class Console:
             return
         from tqdm import tqdm
 
-        yield from tqdm(items, desc=label, total=total, leave=False, file=sys.stderr)
+        self._bars += 1
+        try:
+            yield from tqdm(items, desc=label, total=total, leave=False, file=sys.stderr)
+        finally:
+            self._bars -= 1
 
     @contextmanager
     def status(self, label: str) -> Iterator[None]:
-        """Show `label` while the body runs."""
-        if self.interactive:
-            print(f"{label} …", end="\r", file=sys.stderr, flush=True)
-        yield
-        if self.interactive:
-            print("\x1b[2K", end="\r", file=sys.stderr, flush=True)
+        """Show `label` and the seconds passed while the body runs longer than two seconds without a bar of its own."""
+        if not self.interactive:
+            yield
+            return
+        done = threading.Event()
+        clock = threading.Thread(target=self._tick, args=(label, done), daemon=True)
+        clock.start()
+        try:
+            yield
+        finally:
+            done.set()
+            clock.join()
+
+    def _tick(self, label: str, done: threading.Event) -> None:
+        start, shown = time.monotonic(), False
+        while not done.wait(0.5):
+            seconds = time.monotonic() - start
+            if seconds >= PATIENCE_S and not self._bars:
+                print(f"{CLEAR}{label} … {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+                shown = True
+        if shown:
+            print(CLEAR, end="", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ import numpy as np
 from derc import artifacts
 from derc.artifacts import Array
 from derc.errors import UsageError, suggest
-from derc.images import Source, digits_splits, folder_source, npz_source, resize
+from derc.images import Source, Track, digits_splits, folder_source, npz_source, resize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,13 @@ class Data:
 
     @classmethod
     def load(
-        cls, spec: str, *, input_size: tuple[int, int, int] = (3, 32, 32), probe: int = 512, seed: int = 0
+        cls,
+        spec: str,
+        *,
+        input_size: tuple[int, int, int] = (3, 32, 32),
+        probe: int = 512,
+        seed: int = 0,
+        track: Track = lambda items, _label, _total: items,
     ) -> Data:
         """The data set `digits`, ``folder:PATH`` or ``npz:PATH`` as images of `input_size` (C, H, W).
 
@@ -88,7 +94,7 @@ class Data:
             classes, parts = digits_splits()
             splits = [Split(resize(images, input_size), labels) for images, labels in parts]
             return cls("digits", classes, _first(splits[0], probe), splits[1], splits[2])
-        source = _source(spec, input_size)
+        source = _source(spec, input_size, track)
         shares = split_indices(source.labels, source.count, probe, seed)
         if len(shares[0]) < LEAST_PROBES:
             raise UsageError(f"{spec} has {source.count} images, at least {2 * LEAST_PROBES} are needed to split them")
@@ -163,10 +169,10 @@ def _first(split: Split, count: int) -> Split:
     return Split(split.images[:count], None if split.labels is None else split.labels[:count])
 
 
-def _source(spec: str, input_size: tuple[int, int, int]) -> Source:
+def _source(spec: str, input_size: tuple[int, int, int], track: Track) -> Source:
     kind, separator, path = spec.partition(":")
     if separator and path and kind == "folder":
-        return folder_source(Path(path).expanduser(), input_size)
+        return folder_source(Path(path).expanduser(), input_size, track)
     if separator and path and kind == "npz":
         return npz_source(Path(path).expanduser(), input_size)
     hint = suggest(kind, ("digits", "folder", "npz"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -14,6 +14,7 @@ from derc.errors import UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 Size = tuple[int, int, int]
+Track = Callable[[Iterable[int], str, int], Iterable[int]]
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ def digits_splits() -> tuple[tuple[str, ...], list[tuple[Array, Array]]]:
     return CLASSES, [load_split(name) for name in ("probe", "validation", "heldout")]
 
 
-def folder_source(path: Path, size: Size) -> Source:
+def folder_source(path: Path, size: Size, track: Track) -> Source:
     """Images under `path`: one folder per class, or images only, which then have no labels.
 
-    Raises UsageError for a folder that is missing, empty or mixes the two, and when an image cannot be read.
+    `track` shows progress while images are read. Raises UsageError for a folder that is missing, empty or mixes the
+    two, and when an image cannot be read.
     """
     if not path.is_dir():
         raise UsageError(f"data folder {path} does not exist or is not a folder")
@@ -56,7 +58,7 @@ def folder_source(path: Path, size: Size) -> Source:
         count=len(files),
         classes=None if loose else tuple(members),
         labels=labels,
-        read=lambda indices: np.stack([_decode(files[i], size) for i in indices]),
+        read=lambda indices: np.stack([_decode(files[i], size) for i in track(indices, "images", len(indices))]),
     )
 
 

@@ -109,7 +109,8 @@ def execute(
     if found is None:
         if step.name not in timings.seconds:
             context.console.say(f"{step.name} …")
-        result = step.run(context, *artifacts)
+        with context.console.status(step.name):
+            result = step.run(context, *artifacts)
         context.store.put(key, result, note=step.name)
     else:
         result = found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,11 +69,15 @@ def open_context(settings: CompileSettings, console: Console) -> Context:
     engine = registry.load(registry.ENGINES, target.engine)(threads=target.threads)
     checkpoint = Path(settings.checkpoint) if settings.checkpoint else None
     store = Store.default(say=console.say, on_damage=console.say)
-    zoo = Zoo.load(settings.zoo, checkpoint=checkpoint, check=partial(check_once, store))
+    zoo = Zoo.load(settings.zoo, checkpoint=checkpoint, check=lambda _: None)
+    for donor in console.track(zoo.donors, "donors", len(zoo.donors)):
+        check_once(store, donor)
     sizes = {donor.input_size for donor in zoo.donors}
     if len(sizes) > 1:
         text = ", ".join(f"{donor.name} {donor.input_size}" for donor in zoo.donors)
         raise UsageError(f"the donors' input sizes differ ({text}): give all of them one input_size in the zoo file")
-    data = Data.load(settings.data, input_size=sizes.pop(), probe=settings.probe, seed=settings.seed)
+    data = Data.load(
+        settings.data, input_size=sizes.pop(), probe=settings.probe, seed=settings.seed, track=console.track
+    )
     lowered = LiveDonors(zoo, NEGLIGIBLE)
     return Context(zoo, data, target, store, engine, solver, lowered, console, settings.seed)

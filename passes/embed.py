@@ -35,7 +35,7 @@ class Embed:
     def run(self, context: Context, cuts: CutZoo) -> EmbeddedZoo:
         index, grams = [], []
         accuracy: dict[str, float] = {}
-        for name in context.console.track(cuts.donors, "embed"):
+        for name in context.console.track(cuts.donors, "embed", len(cuts.donors)):
             lowered = context.lowered[name]
             features, logits = self._features(lowered, context.data.probe)
             for cut, values in enumerate(features):

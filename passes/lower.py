@@ -34,7 +34,8 @@ class Lower:
         return digest([donor.digest() for donor in context.zoo.donors])
 
     def run(self, context: Context) -> LoweredZoo:
-        return LoweredZoo({name: context.lowered[name].graph for name in context.zoo.names})
+        names = context.console.track(context.zoo.names, "lower", len(context.zoo.names))
+        return LoweredZoo({name: context.lowered[name].graph for name in names})
 
 
 def lower(

@@ -46,7 +46,7 @@ class Package:
             try:
                 parity = self._parity(context, emitted, reference, session)
                 reference.close()
-                latency, noise = self._measure(session)
+                latency, noise = self._measure(context, session)
                 placement = session.placement()
             finally:
                 session.close()
@@ -54,8 +54,8 @@ class Package:
             engine = np.frombuffer(built.read_bytes(), dtype=np.uint8)
         return Shipped(engine, parity, latency, noise, placement)
 
-    def _measure(self, session: Session) -> tuple[Latency, float]:
-        measured = measure({"network": session.time}, MeasureOptions(limit_s=self.limit_s))
+    def _measure(self, context: Context, session: Session) -> tuple[Latency, float]:
+        measured = measure({"network": session.time}, MeasureOptions(limit_s=self.limit_s), track=context.console.track)
         return measured.timings["network"].latency(), measured.noise
 
     def _parity(self, context: Context, emitted: Emitted, plain: Session, built: Session) -> Parity:

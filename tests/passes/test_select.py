@@ -149,7 +149,7 @@ def test_an_unreachable_budget_names_the_best_that_is_achievable() -> None:
         select(learnt, options, Highs())
     assert str(caught.value) == (
         f"no assembly of these donors meets --latency-ms 0.01: "
-        f"the fastest that is achievable is {least:.4g} ms ({spans(fastest)})"
+        f"the fastest that is achievable is {least:.4g} ms ({spans(fastest)}, predicted)"
     )
 
 

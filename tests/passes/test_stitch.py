@@ -43,11 +43,11 @@ class Project(nn.Module):
         return (x.flatten(1) @ self.weight).unflatten(1, self.kind.shape)
 
 
-@pytest.mark.parametrize("source", KINDS)
-@pytest.mark.parametrize("target", KINDS)
+PAIRS = [(source, target) for source in KINDS for target in KINDS if stitching.convertible(source, target)]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_a_stitch_that_exists_is_found(source, target):
-    if not stitching.convertible(source, target):
-        pytest.skip("a map cannot be made from pooled features: no stitch between these types")
     truth = stitching.build(source, target)
     front = Project(source, 1)
     stitch = stitching.build(source, target)
