@@ -100,11 +100,10 @@ def _accuracy(network: nn.Module, donor: str, context: Context, split: Split) ->
 
 
 def _best_intact(outcome: Outcome, donors: dict[str, dict[str, float | None]]) -> dict[str, Any] | None:
-    """The intact donor within the budgets of the best score, by its last measurement."""
-    fitting = sorted(outcome.search.fitting(intact=True), key=lambda one: one.scores.value)
-    if not fitting:
+    """What an assembly has to beat, by its last measurement."""
+    best = outcome.search.best_intact()
+    if best is None:
         return None
-    best = fitting[-1]
     name = best.assembly.blocks[0].donor
     return {
         "donor": name,

@@ -145,13 +145,17 @@ class Search:
         """Evaluated networks within the budgets."""
         return (j for j in self.judged.values() if j.assembly.intact == intact and self.fits(j))
 
+    def best_intact(self) -> Judged | None:
+        """The best intact donor within the budgets, the faster one among equals; None where none fits."""
+        return max(self.fitting(intact=True), key=_rank, default=None)
+
     def best(self) -> Judged | None:
         """The best network within the budgets, None where there is none.
 
         An assembly replaces the best intact donor only if it answers significantly more images right: in a paired
         comparison its wins exceed its losses by one standard deviation of their difference.
         """
-        donor = max(self.fitting(intact=True), key=_rank, default=None)
+        donor = self.best_intact()
         for one in sorted(self.fitting(intact=False), key=_rank, reverse=True):
             if donor is None or _better(one.scores, donor.scores):
                 return one

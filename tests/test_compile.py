@@ -57,6 +57,15 @@ def test_never_worse_on_validation_than_the_best_intact_donor(compiled):
     assert result["accuracy"]["validation"] >= max(intact)
 
 
+def test_an_intact_answer_is_the_best_intact_donor(compiled):
+    _, result, _ = compiled
+    best = result["accuracy"]["best_intact_within_budget"]
+    if result["selected"]["intact"]:
+        assert result["selected"]["blocks"][0]["donor"] == best["donor"]
+        assert result["accuracy"]["heldout"] == best["heldout"]
+    assert best["measured_ms"] <= 50
+
+
 def test_bundle_is_whole_and_its_module_is_what_was_reported(compiled):
     folder, result, _ = compiled
     manifest = bundle.verify(folder)
