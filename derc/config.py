@@ -57,6 +57,11 @@ class CompileSettings(BaseModel):
         return "zoo" in self.defaulted
 
     @property
+    def lacks_data(self) -> bool:
+        """Whether no images were named for a zoo of one's own."""
+        return "data" in self.defaulted and self.zoo != "digits"
+
+    @property
     def budgets(self) -> dict[str, float]:
         """The budgets that were given, by option name."""
         return {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
@@ -68,8 +73,7 @@ KEYS = tuple(name for name in CompileSettings.model_fields if name != "defaulted
 def resolve(flags: Mapping[str, object], environ: Mapping[str, str], directory: Path | None) -> CompileSettings:
     """Settings from `flags` (None: not given), `environ` and derc.toml in `directory` (None: no file), in this order.
 
-    Raises UsageError for an unknown key, a value that is none of its kind, a budget that is not positive and finite,
-    and a zoo of one's own without data.
+    Raises UsageError for an unknown key, a value that is none of its kind, and a budget that is no positive number.
     """
     file = from_file(directory) if directory else {}
     variables = from_environment(environ)
@@ -82,10 +86,7 @@ def resolve(flags: Mapping[str, object], environ: Mapping[str, str], directory: 
     origin = {key: f"{key} in {FILE}" for key in file}
     origin |= {key: PREFIX + key.upper() for key in variables}
     origin |= {key: "--" + key.replace("_", "-") for key in flags}
-    settings = _validated(given, origin)
-    if "data" not in given and (settings.zoo.startswith("timm:") or Path(settings.zoo).suffix == ".toml"):
-        raise UsageError(f"--data is missing: the zoo {settings.zoo} needs images, give folder:PATH or npz:PATH")
-    return settings
+    return _validated(given, origin)
 
 
 def _validated(given: Mapping[str, object], origin: Mapping[str, str]) -> CompileSettings:

@@ -20,13 +20,14 @@ Shown = tuple[dict[str, Any], str]
 
 def show_zoo(settings: CompileSettings, console: Console) -> Shown:
     """Donors with their cuts and units."""
-    from derc.workspace import open_context
+    from derc.workspace import NEGLIGIBLE, LiveDonors, open_zoo
 
-    context = open_context(settings, console)
+    zoo = open_zoo(settings, Store.default(say=console.say, on_damage=console.say), console)
+    live = LiveDonors(zoo, NEGLIGIBLE)
     donors: dict[str, Any] = {}
     lines: list[str] = []
-    for donor in context.zoo.donors:
-        lowered = context.lowered[donor.name]
+    for donor in console.track(zoo.donors, "lower", len(zoo.donors)):
+        lowered = live[donor.name]
         cut = CutDonor(lowered.cuts, lowered.units)
         graph = lowered.graph
         donors[donor.name] = {

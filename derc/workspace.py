@@ -62,22 +62,34 @@ def check_once(store: Store, donor: Donor) -> None:
         store.put_bytes(key, b"ok", note=f"checked {donor.name}")
 
 
-def open_context(settings: CompileSettings, console: Console) -> Context:
-    """Everything a compile needs, checked; raises a DercError naming what is missing."""
-    target = Target.load(settings.target, threads=settings.threads, batch=settings.batch)
-    solver = choose(settings.solver)
-    engine = registry.load(registry.ENGINES, target.engine)(threads=target.threads)
+def open_zoo(settings: CompileSettings, store: Store, console: Console) -> Zoo:
+    """The zoo, every donor checked; raises UsageError where one does not work."""
     checkpoint = Path(settings.checkpoint) if settings.checkpoint else None
-    store = Store.default(say=console.say, on_damage=console.say)
     zoo = Zoo.load(settings.zoo, checkpoint=checkpoint, check=lambda _: None)
     for donor in console.track(zoo.donors, "donors", len(zoo.donors)):
         check_once(store, donor)
+    return zoo
+
+
+def open_data(settings: CompileSettings, zoo: Zoo, console: Console) -> Data:
+    """The images at the donors' input size; raises UsageError where the donors' sizes differ."""
     sizes = {donor.input_size for donor in zoo.donors}
     if len(sizes) > 1:
         text = ", ".join(f"{donor.name} {donor.input_size}" for donor in zoo.donors)
         raise UsageError(f"the donors' input sizes differ ({text}): give all of them one input_size in the zoo file")
-    data = Data.load(
-        settings.data, input_size=sizes.pop(), probe=settings.probe, seed=settings.seed, track=console.track
-    )
+    (size,) = sizes
+    return Data.load(settings.data, input_size=size, probe=settings.probe, seed=settings.seed, track=console.track)
+
+
+def open_context(settings: CompileSettings, console: Console) -> Context:
+    """Everything a compile needs, checked; raises a DercError naming what is missing."""
+    if settings.lacks_data:
+        raise UsageError(f"--data is missing: the zoo {settings.zoo} needs images, give folder:PATH or npz:PATH")
+    target = Target.load(settings.target, threads=settings.threads, batch=settings.batch)
+    solver = choose(settings.solver)
+    engine = registry.load(registry.ENGINES, target.engine)(threads=target.threads)
+    store = Store.default(say=console.say, on_damage=console.say)
+    zoo = open_zoo(settings, store, console)
+    data = open_data(settings, zoo, console)
     lowered = LiveDonors(zoo, NEGLIGIBLE)
     return Context(zoo, data, target, store, engine, solver, lowered, console, settings.seed)

@@ -143,7 +143,8 @@ def test_verify_and_bench_and_wrong_bundles(compiled, tmp_path):
 
 def test_looking_commands(compiled, tmp_path):
     _, _, zoo = compiled
-    shown = json.loads(derc("zoo", "show", "--zoo", zoo, "--data", "digits", "--json").stdout)
+    shown = json.loads(derc("zoo", "show", "--zoo", zoo, "--json").stdout)
+    refused(derc("partition", "--zoo", zoo), 2, "--data is missing")
     assert set(shown["donors"]) == {"resnet-slim", "convnext", "vit-patch8"}
     assert all(len(d["units"]) == len(d["cuts"]) - 1 for d in shown["donors"].values())
     words = ["--zoo", zoo, "--data", "digits", "--probe", "128"]

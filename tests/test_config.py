@@ -60,7 +60,6 @@ def test_other_budgets_are_kept(value, key):
         ({"epsilon": float("nan")}, {}, "", "--epsilon.*finite"),
         ({"solver": "cplex"}, {}, "", "--solver.*highs"),
         ({"probe": 3}, {}, "", "--probe"),
-        ({"zoo": "timm:resnet18"}, {}, "", "--data is missing.*timm:resnet18"),
     ],
 )
 def test_bad_settings(tmp_path, flags, environ, file, words):
