@@ -59,7 +59,8 @@ class CompileSettings(BaseModel):
     @property
     def lacks_data(self) -> bool:
         """Whether no images were named for a zoo of one's own."""
-        return "data" in self.defaulted and self.zoo != "digits"
+        own = self.zoo.startswith("timm:") or Path(self.zoo).suffix == ".toml"
+        return own and "data" in self.defaulted
 
     @property
     def budgets(self) -> dict[str, float]:

@@ -185,7 +185,7 @@ def test_a_damaged_store_entry_is_said_and_made_anew(compiled, tmp_path):
     assert "damaged" in run.stderr or "not what was" in run.stderr
 
 
-@pytest.mark.parametrize("after_s", [3.0, 7.0])
+@pytest.mark.parametrize("after_s", [2.0, 5.0])
 def test_ctrl_c_leaves_nothing_and_the_same_command_goes_on(tmp_path, after_s):
     zoo = small_zoo(tmp_path, "resnet-slim", "convnext")
     words = [sys.executable, "-m", "derc", "compile", "--zoo", zoo, "--data", "digits", "--evaluations", "1"]
