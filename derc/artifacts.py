@@ -214,12 +214,14 @@ class Parity:
 class Shipped:
     """A built engine (its file's bytes as uint8) with what was verified and measured of it.
 
+    `anchor` is the latency of an intact donor measured in the same rounds, which tells how the machine fares now.
     `noise` is the relative difference of the A/A control, `placement` the number of nodes by execution provider.
     """
 
     engine: Array
     parity: Parity
     latency: Latency
+    anchor: Latency
     noise: float
     placement: dict[str, int]
 

@@ -89,6 +89,7 @@ def _latency(outcome: Outcome) -> dict[str, Any]:
         "stable": latency.stable,
         "samples": latency.samples,
         "noise": outcome.shipped.noise,
+        "anchor_ms": outcome.shipped.anchor.ms,
     }
 
 

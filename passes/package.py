@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Package:
-    """Verifies on `images` probe images; measures for at most `limit_s` seconds."""
+    """Verifies on `images` probe images; measures for at most `limit_s` seconds, beside the ONNX model `anchor`."""
 
     images: int = 16
     limit_s: float = 20.0
@@ -35,7 +35,7 @@ class Package:
     def inputs(self, context: Context) -> str:
         return digest(context.engine.describe(), context.data.probe.digest)
 
-    def run(self, context: Context, emitted: Emitted) -> Shipped:
+    def run(self, context: Context, emitted: Emitted, anchor: bytes) -> Shipped:
         model = emitted.onnx.tobytes()
         with tempfile.TemporaryDirectory() as folder:
             plain, built = Path(folder, "model.onnx"), Path(folder, f"engine{context.engine.suffix}")
@@ -46,17 +46,24 @@ class Package:
             try:
                 parity = self._parity(context, emitted, reference, session)
                 reference.close()
-                latency, noise = self._measure(context, session)
+                latency, beside, noise = self._measure(context, session, anchor)
                 placement = session.placement()
             finally:
                 session.close()
                 reference.close()
             engine = np.frombuffer(built.read_bytes(), dtype=np.uint8)
-        return Shipped(engine, parity, latency, noise, placement)
+        return Shipped(engine, parity, latency, beside, noise, placement)
 
-    def _measure(self, context: Context, session: Session) -> tuple[Latency, float]:
-        measured = measure({"network": session.time}, MeasureOptions(limit_s=self.limit_s), track=context.console.track)
-        return measured.timings["network"].latency(), measured.noise
+    def _measure(self, context: Context, session: Session, anchor: bytes) -> tuple[Latency, Latency, float]:
+        """Latencies of the network and of the anchor in the same rounds, and the A/A noise."""
+        beside = context.engine.open(anchor)
+        try:
+            calls = {"network": session.time, "anchor": beside.time}
+            options = MeasureOptions(limit_s=self.limit_s)
+            measured = measure(calls, options, anchor="anchor", track=context.console.track)
+        finally:
+            beside.close()
+        return measured.timings["network"].latency(), measured.timings["anchor"].latency(), measured.noise
 
     def _parity(self, context: Context, emitted: Emitted, plain: Session, built: Session) -> Parity:
         """Raises ParityError beyond the tolerance."""

@@ -166,7 +166,7 @@ def _example(kind: TensorType, batch: int) -> torch.Tensor:
 
 def _open_blocks(context: Context, stack: ExitStack, name: str, spans: set[tuple[int, int]]) -> dict[str, Session]:
     """Sessions of a donor's blocks, all sliced out of one export."""
-    slicer = exporting.Slicer(_export_donor(context, name, context.lowered[name]))
+    slicer = exporting.Slicer(export_donor(context, name, context.lowered[name]))
     sessions = {}
     for first, last in sorted(spans):
         session = context.engine.open(slicer.slice((f"cut_{first}",), (f"cut_{last}",)))
@@ -175,7 +175,14 @@ def _open_blocks(context: Context, stack: ExitStack, name: str, spans: set[tuple
     return sessions
 
 
-def _export_donor(context: Context, name: str, lowered: Lowered) -> bytes:
+def intact_model(context: Context, name: str) -> bytes:
+    """The whole donor as ONNX, just as its latency was measured for the table."""
+    lowered = context.lowered[name]
+    model = export_donor(context, name, lowered)
+    return exporting.slice_model(model, ("cut_0",), (f"cut_{len(lowered.units)}",))
+
+
+def export_donor(context: Context, name: str, lowered: Lowered) -> bytes:
     """The donor's export with every cut as a named output, from the store where it is there."""
     batch, cuts, code = context.target.batch, lowered.cuts, code_version(exporting.__name__)
     key = digest(["donor", context.zoo[name].digest(), batch, code], exporting.versions(), *cuts)

@@ -1,0 +1,50 @@
+"""What is shipped is measured, and a busy machine is not mistaken for a slow network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from derc import compiler
+from derc.artifacts import Assembly, BlockRef, Latency, LatencyTable, StitchedAssembly
+from derc.console import Console
+from derc.passes.emit import Emit
+from derc.passes.select import Select
+from derc.pipeline import Timings
+from tests.world import make_context
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch, capsys):
+    """A function from (known ms of the anchor, budget) to what was measured and said."""
+    monkeypatch.setattr(compiler, "PAUSE_S", 0.0)
+    context = replace(make_context(tmp_path, "resnet"), console=Console())
+    units = len(context.lowered["resnet"].units)
+    emitted = Emit().run(context, StitchedAssembly(Assembly((BlockRef("resnet", 0, units, 0),)), (), ()))
+
+    def run(known, budget):
+        table = LatencyTable("cpu", {}, {"resnet": Latency(known, known, known)}, {}, {}, 0.0)
+        search = SimpleNamespace(context=context, table=table, select=Select(latency_ms=budget))
+        found = compiler._measured(search, emitted, 1.0, Timings())
+        return found, capsys.readouterr().err.count("measuring again")
+
+    return run
+
+
+def test_over_budget_with_a_slow_anchor_is_measured_again(shipped):
+    found, times = shipped(1e-6, 1e-6)
+    assert times == 3
+    assert found.latency.ms > 1e-6
+
+
+def test_over_budget_with_the_anchor_as_known_is_believed(shipped):
+    assert shipped(1e6, 1e-6)[1] == 0
+
+
+def test_within_budget_is_believed_whatever_the_anchor_says(shipped):
+    found, times = shipped(1e-6, 1e6)
+    assert times == 0
+    assert found.latency.high_ms < 1e6
+    assert found.anchor.ms == pytest.approx(found.latency.ms, rel=0.5)
