@@ -235,7 +235,7 @@ def _take(target: str, text: _Block, lowered: Lowered) -> str:
     """The line that gives the block the donor's attribute at `target`; its weights are recorded."""
     name, value = text.attributes[target], lowered.attribute(target)
     if isinstance(value, modules.Normalize):
-        mean, std = (tuple(round(float(v), 8) for v in t.flatten()) for t in (value.mean, value.std))
+        mean, std = (tuple(round(float(v), 6) for v in t.flatten()) for t in (value.mean, value.std))
         text.weights |= {f"{name}.{key}": v for key, v in value.state_dict().items()}
         return f"self.{name} = Normalize(mean={mean}, std={std})"
     if isinstance(value, nn.Module):
