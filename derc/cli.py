@@ -228,7 +228,9 @@ def _store() -> Any:
 def _console(quiet: bool = False) -> Console:
     from derc.console import Console
 
-    return Console(quiet)
+    console = Console(quiet)
+    console.listen()
+    return console
 
 
 def _settings(flags: dict[str, Any], quiet: bool = False) -> tuple[CompileSettings, Console]:

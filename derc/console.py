@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -21,6 +22,20 @@ class Console:
         self.quiet = quiet
         self.interactive = sys.stderr.isatty() and not quiet
         self._bars = 0
+        self._stopped = False
+
+    def listen(self) -> None:
+        """Remember Ctrl-C, because a library that is interrupted may swallow it; `check` then raises it again."""
+        signal.signal(signal.SIGINT, self._stop)
+
+    def _stop(self, *_: object) -> None:
+        self._stopped = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt where Ctrl-C was pressed."""
+        if self._stopped:
+            raise KeyboardInterrupt
 
     def say(self, message: str) -> None:
         """Print one line."""
@@ -30,13 +45,17 @@ class Console:
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Iterate over `items` with a progress bar."""
         if not self.interactive:
-            yield from items
+            for item in items:
+                self.check()
+                yield item
             return
         from tqdm import tqdm
 
         self._bars += 1
         try:
-            yield from tqdm(items, desc=label, total=total, leave=False, file=sys.stderr)
+            for item in tqdm(items, desc=label, total=total, leave=False, file=sys.stderr):
+                self.check()
+                yield item
         finally:
             self._bars -= 1
 
@@ -45,6 +64,7 @@ class Console:
         """Show `label` and the seconds passed while the body runs longer than two seconds without a bar of its own."""
         if not self.interactive:
             yield
+            self.check()
             return
         done = threading.Event()
         clock = threading.Thread(target=self._tick, args=(label, done), daemon=True)
@@ -54,6 +74,7 @@ class Console:
         finally:
             done.set()
             clock.join()
+        self.check()
 
     def _tick(self, label: str, done: threading.Event) -> None:
         start, shown = time.monotonic(), False

@@ -32,6 +32,16 @@ def test_no_bars_where_there_is_no_terminal(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_swallowed_interrupt_is_raised_at_the_next_step():
+    script = (
+        "import os, signal\nfrom derc.console import Console\nc = Console()\nc.listen()\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    pass\n"
+        "try:\n    list(c.track([1], 'x'))\nexcept KeyboardInterrupt:\n    print('raised')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout == "raised\n"
+
+
 def test_bars_and_clock_on_a_terminal():
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
