@@ -20,15 +20,18 @@ CONVERT = "convert it with safetensors.torch.save_file(model.state_dict(), 'weig
 
 def read_bytes(path: Path) -> bytes:
     """The checkpoint's bytes; raises UsageError for a file that is missing, empty or cannot be read."""
-    if not path.is_file():
-        raise UsageError(f"checkpoint {path} does not exist or is not a file: check the path")
+    _check_file(path)
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UsageError(f"checkpoint {path} cannot be read: {error.strerror}") from error
-    if not content:
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"checkpoint {path} does not exist or is not a file: check the path")
+    if path.stat().st_size == 0:
         raise UsageError(f"checkpoint {path} is empty: download or copy it again")
-    return content
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -36,7 +39,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
     Raises UsageError for a file that is missing, truncated, no checkpoint, or holds pickled code, which is never run.
     """
-    read_bytes(path)
+    _check_file(path)
     loaded = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
     state = _strip(_unwrap(loaded, path))
     _check_finite(state, path)

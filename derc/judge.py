@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -50,8 +49,3 @@ def consensus(donors: Iterable[Lowered], split: Split) -> Array:
         raise ValueError("consensus needs at least one donor")
     found: Array = total.argmax(1).numpy()
     return found
-
-
-def standard_error(right: Array) -> float:
-    """Standard error of an accuracy."""
-    return float(np.sqrt(right.mean() * (1 - right.mean()) / len(right)))

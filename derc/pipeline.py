@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -85,8 +86,6 @@ class Timings:
 @cache
 def code_version(module: str) -> str:
     """SHA-256 of the source of `module` and of derc's core that passes share."""
-    import sys
-
     core = Path(__file__).parent
     sources = [Path(inspect.getfile(sys.modules[module])), *sorted(core.glob("*.py"))]
     ignored = {f"{name}.py" for name in NOT_IN_KEYS}
@@ -97,9 +96,7 @@ def code_version(module: str) -> str:
     return state.hexdigest()
 
 
-def execute(
-    step: Pass[Out], context: Context, *artifacts: Any, timings: Timings, after: Callable[[Any], None] = lambda _: None
-) -> Out:
+def execute(step: Pass[Out], context: Context, *artifacts: Any, timings: Timings) -> Out:
     """Run `step`, or take its artifact from the store where the same step ran on the same inputs before."""
     start = time.perf_counter()
     key = digest(
@@ -115,5 +112,4 @@ def execute(
     else:
         result = found
     timings.add(step.name, time.perf_counter() - start, found is not None)
-    after(result)
     return result
