@@ -225,7 +225,16 @@ def _trains(module: nn.Module) -> bool:
         if owner is nn.Module:
             return False
         for name, function in vars(owner).items():
-            code = getattr(function, "__code__", None)
+            code = getattr(_written(function), "__code__", None)
             if code is not None and name not in ("train", "eval") and "training" in code.co_names:
                 return True
     return False
+
+
+def _written(function: Any) -> Any:
+    """The function inside transformers' decorators, which ask for `self.training` only to checkpoint gradients."""
+    while getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers."):
+        if not hasattr(function, "__wrapped__"):
+            break
+        function = function.__wrapped__
+    return function
