@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from math import prod
@@ -27,7 +27,8 @@ class Layout(StrEnum):
 class TensorType:
     """Type of a value for one image: `shape` leaves the batch axis out.
 
-    For NLC, `prefix` counts the leading tokens (class, registers) and `grid` gives the (H, W) of the others.
+    For NLC, `prefix` counts the leading tokens (class, registers) and `grid` gives the (H, W) of the others. `stride`
+    is the scale: image pixels from one position to the next, (down, across); None where that is not known.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class TensorType:
     dtype: str = "float32"
     prefix: int = 0
     grid: tuple[int, int] | None = None
+    stride: tuple[float, float] | None = None
 
     @property
     def numel(self) -> int:
@@ -61,6 +63,16 @@ class TensorType:
                 return None
 
 
+def scaled(kind: TensorType, image: tuple[int, int]) -> TensorType:
+    """`kind` with the stride of its positions on an image of (H, W) pixels; as it is where it has no known positions.
+
+    The quotients are rounded correctly, so that equal strides are equal floats.
+    """
+    if kind.spatial is None:
+        return kind
+    return replace(kind, stride=(image[0] / kind.spatial[0], image[1] / kind.spatial[1]))
+
+
 @dataclass(frozen=True)
 class Value:
     """A named tensor."""
@@ -73,8 +85,8 @@ class Value:
 class Op:
     """One operation; it defines the value of its own name.
 
-    `kind` is an fx opcode (call_module, call_function, call_method, get_attr), or block or stitch in an assembly.
-    `params` are counted once, at their first use. `macs` are multiply-accumulates, `bytes` the output's size, both
+    `kind` is an fx opcode (call_module, call_function, call_method, get_attr), in an assembly block, stitch, stem or
+    head. `params` are counted once, at their first use. `macs` are multiply-accumulates, `bytes` the output's size, both
     for one image.
     """
 
@@ -88,7 +100,7 @@ class Op:
     bytes: int = 0
 
 
-KINDS = ("call_module", "call_function", "call_method", "get_attr", "block", "stitch")
+KINDS = ("call_module", "call_function", "call_method", "get_attr", "block", "stitch", "stem", "head")
 
 
 @dataclass(frozen=True)

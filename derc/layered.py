@@ -112,7 +112,7 @@ def build(cuts: CutZoo, partition: Partition, heads: tuple[str, ...] = (), *, on
     """The graph of all legal assemblies; only donors in `heads` (none given: all) may provide the last block.
 
     A stitch leads from a block to any block of a later set, of the next set only with `one_per_set`, whose input it can
-    make. A donor's own next block follows without one.
+    make without making up places. A donor's own next block follows without one.
     """
     blocks = tuple(block for chain in partition.blocks.values() for block in chain)
     sets = max((len(chain) for chain in partition.blocks.values()), default=0)
@@ -126,7 +126,7 @@ def build(cuts: CutZoo, partition: Partition, heads: tuple[str, ...] = (), *, on
 def _onward(cuts: CutZoo, source: BlockRef, targets: list[BlockRef]) -> Iterator[Edge]:
     for target in targets:
         joined = target.donor == source.donor and target.first == source.last
-        if target.set > source.set and (joined or stitching.convertible(*_ends(cuts, source, target))):
+        if target.set > source.set and (joined or stitching.keeps_places(*_ends(cuts, source, target))):
             yield _edge(cuts, source, target)
 
 

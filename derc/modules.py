@@ -25,22 +25,41 @@ class Normalize(nn.Module):
 class Stitch(nn.Module):
     """Joins two blocks: regrids, maps the channels linearly and changes the layout.
 
-    `source` and `target` are (layout, channels, prefix tokens, (height, width) or None). Pooling comes before
-    the linear map, enlarging after it. Prefix (class, register) tokens of the target are a linear map of the source's
-    mean and prefix tokens.
+    `source` and `target` are (layout, channels, prefix tokens, grid); the grid is (height, width), (length,) for tokens
+    of an unknown grid, or () for pooled features. Unless both grids are known, positions count as one row, row by row.
+    An axis that shrinks is averaged by area before the linear map, so that all positions weigh the same; one that grows
+    is interpolated after it, and pooled features are repeated at every position. Prefix (class, register) tokens of the
+    target are a linear map of the source's mean and prefix tokens; those of the source go nowhere else.
     """
 
+    rows: torch.Tensor | None
+    columns: torch.Tensor | None
+
     def __init__(
-        self,
-        source: tuple[str, int, int, tuple[int, int] | None],
-        target: tuple[str, int, int, tuple[int, int] | None],
+        self, source: tuple[str, int, int, tuple[int, ...]], target: tuple[str, int, int, tuple[int, ...]]
     ) -> None:
         super().__init__()
-        self.source_layout, channels, self.source_prefix, self.source_grid = source
+        self.source_layout, channels, self.source_prefix, before = source
         self.target_layout, width, self.target_prefix, self.target_grid = target
         self.linear = nn.Linear(channels, width)
         tokens = 1 + self.source_prefix
         self.prefix = nn.Linear(tokens * channels, self.target_prefix * width) if self.target_prefix else None
+        known = len(before) == len(self.target_grid) == 2
+        old, new = (grid if known else (1, torch.Size(grid).numel()) for grid in (before, self.target_grid))
+        self.before, self.after = (old[0], old[1]), (new[0], new[1])
+        self.kernel = [a // b if a % b == 0 else 1 for a, b in zip(self.before, self.after, strict=True)]
+        rows, columns = (self.area(a, b) for a, b in zip(self.before, self.after, strict=True))
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", None if columns is None else columns.T.contiguous(), persistent=False)
+
+    @staticmethod
+    def area(before: int, after: int) -> torch.Tensor | None:
+        """(after, before) shares of each new interval that the old ones fill; None where an even average does."""
+        if before <= after or before % after == 0:
+            return None
+        start, old = torch.arange(after)[:, None] * before, torch.arange(before) * after
+        overlap = torch.minimum(start + before, old + after) - torch.maximum(start, old)
+        return overlap.clamp_min(0) / before
 
     def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The source as a map (N, C, H, W) and a summary (N, (1 + prefix) * C): its mean, then its prefix tokens."""
@@ -49,37 +68,39 @@ class Stitch(nn.Module):
         if self.source_layout == "NLC":
             tokens = x[:, self.source_prefix :]
             summary = torch.cat([tokens.mean(1, keepdim=True), x[:, : self.source_prefix]], 1).flatten(1)
-            height, width = self.source_grid or (tokens.shape[1], 1)
-            return tokens.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width), summary
+            return tokens.transpose(1, 2).reshape(x.shape[0], x.shape[2], *self.before), summary
         if self.source_layout == "NHWC":
             x = x.permute(0, 3, 1, 2)
-        return x, x.mean((2, 3))
+        return x.reshape(x.shape[0], x.shape[1], *self.before), x.mean((2, 3))
 
-    def regrid(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Resize (N, C, H, W) to `grid`: average pooling where it divides evenly, else bilinear."""
-        height, width = x.shape[2], x.shape[3]
-        if (height, width) == grid:
-            return x
-        if height % grid[0] == 0 and width % grid[1] == 0:
-            return F.avg_pool2d(x, (height // grid[0], width // grid[1]))
-        return F.interpolate(x, size=grid, mode="bilinear", align_corners=False)
+    def shrink(self, x: torch.Tensor) -> torch.Tensor:
+        """Average (N, C, H, W) over every axis that the target has less of."""
+        if self.kernel != [1, 1]:
+            x = F.avg_pool2d(x, self.kernel)
+        if self.rows is not None:
+            x = self.rows @ x
+        return x if self.columns is None else x @ self.columns
 
     def map(self, x: torch.Tensor) -> torch.Tensor:
         """The linear map of the channels of (N, C, H, W)."""
         return F.conv2d(x, self.linear.weight[:, :, None, None], self.linear.bias)
+
+    def enlarge(self, x: torch.Tensor) -> torch.Tensor:
+        """Interpolate (N, C, H, W) over every axis that the target has more of."""
+        if (x.shape[2], x.shape[3]) == self.after:
+            return x
+        return F.interpolate(x, size=self.after, mode="bilinear", align_corners=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x, summary = self.split(x)
         if self.target_layout == "NC":
             pooled: torch.Tensor = self.linear(x.mean((2, 3)))
             return pooled
-        grid = self.target_grid or (x.shape[2], x.shape[3])
-        shrinks = grid[0] * grid[1] <= x.shape[2] * x.shape[3]
-        x = self.map(self.regrid(x, grid)) if shrinks else self.regrid(self.map(x), grid)
+        x = self.enlarge(self.map(self.shrink(x)))
         if self.target_layout == "NCHW":
-            return x
+            return x.reshape(x.shape[0], x.shape[1], *self.target_grid)
         if self.target_layout == "NHWC":
-            return x.permute(0, 2, 3, 1)
+            return x.permute(0, 2, 3, 1).reshape(x.shape[0], *self.target_grid, x.shape[1])
         x = x.flatten(2).transpose(1, 2)
         if self.prefix is None:
             return x

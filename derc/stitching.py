@@ -1,4 +1,4 @@
-"""The stitch (adapter) between two cuts of any convertible layouts, with its cost.
+"""The stitch (adapter) between two cuts of any known layouts, with its cost.
 
 The module depends on torch alone and takes plain numbers, because its source is written into every bundle's model.py.
 """
@@ -6,6 +6,7 @@ The module depends on torch alone and takes plain numbers, because its source is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from derc.ir import Layout, TensorType
@@ -24,28 +25,52 @@ class StitchCost:
 
 
 def convertible(source: TensorType, target: TensorType) -> bool:
-    """Whether a stitch from `source` to `target` exists: a map cannot be made from pooled features (NC)."""
-    if Layout.OTHER in (source.layout, target.layout) or not source.dtype == target.dtype == "float32":
-        return False
-    return target.spatial is None or source.spatial is not None
+    """Whether a stitch from `source` to `target` exists: between all float32 values of known layouts."""
+    return Layout.OTHER not in (source.layout, target.layout) and source.dtype == target.dtype == "float32"
 
 
-def _positions(kind: TensorType) -> int:
-    height, width = kind.spatial or (1, 1)
-    return height * width
+def keeps_places(source: TensorType, target: TensorType) -> bool:
+    """Whether a stitch exists that makes up no places, as every stitch that selection may choose.
+
+    Pooled features (NC) say nothing of places, and tokens of an unknown grid nothing of rows and columns.
+    """
+    return convertible(source, target) and len(_grid(source)) >= len(_grid(target))
+
+
+def _grid(kind: TensorType) -> tuple[int, ...]:
+    """(H, W) of the positions, (L,) for tokens of an unknown grid, () for pooled features."""
+    if kind.layout is Layout.NLC and kind.grid is None:
+        return (kind.shape[0] - kind.prefix,)
+    return kind.spatial or ()
 
 
 def cost(source: TensorType, target: TensorType) -> StitchCost:
-    """Cost of the stitch; the linear map runs on the smaller of the two grids."""
-    positions = min(_positions(source), _positions(target))
+    """Cost of the stitch; the linear map runs where each axis is the shorter of the two."""
+    (height, width), (rows, columns) = _common(_grid(source), _grid(target))
     body = source.channels * target.channels
     prefix = (1 + source.prefix) * source.channels * target.prefix * target.channels
     params = body + target.channels + (prefix + target.prefix * target.channels if target.prefix else 0)
-    return StitchCost(params, positions * body + prefix, 4 * target.numel)
+    averaging = source.channels * _averaging(height, width, rows, columns)
+    return StitchCost(params, averaging + min(height, rows) * min(width, columns) * body + prefix, 4 * target.numel)
+
+
+def _common(source: tuple[int, ...], target: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Both grids as (H, W); all positions are one row unless both grids are known."""
+    if len(source) == len(target) == 2:
+        return source, target
+    return (1, prod(source)), (1, prod(target))
+
+
+def _averaging(height: int, width: int, rows: int, columns: int) -> int:
+    """Multiply-accumulates of averaging one channel by area; an even average has none."""
+    height = rows if height % rows == 0 else height
+    width = columns if width % columns == 0 else width
+    down = rows * height * width if height > rows else 0
+    return down + (min(height, rows) * width * columns if width > columns else 0)
 
 
 def key(source: TensorType, target: TensorType) -> str:
-    """Name of the stitch's shape in a latency table."""
+    """Name of the stitch's shape in a latency table; strides, which change nothing that runs, are no part of it."""
     return f"{describe(source)}>{describe(target)}"
 
 
@@ -64,9 +89,9 @@ def build(source: TensorType, target: TensorType) -> Stitch:
     return Stitch(**arguments(source, target))
 
 
-def arguments(source: TensorType, target: TensorType) -> dict[str, tuple[str, int, int, tuple[int, int] | None]]:
+def arguments(source: TensorType, target: TensorType) -> dict[str, tuple[str, int, int, tuple[int, ...]]]:
     """Constructor arguments of the stitch module, as they appear in model.py."""
     return {
-        "source": (str(source.layout), source.channels, source.prefix, source.spatial),
-        "target": (str(target.layout), target.channels, target.prefix, target.spatial),
+        "source": (str(source.layout), source.channels, source.prefix, _grid(source)),
+        "target": (str(target.layout), target.channels, target.prefix, _grid(target)),
     }

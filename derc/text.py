@@ -3,7 +3,7 @@
     // key: value
     graph resnet (input: float32[3x32x32] NCHW) {
       conv1 = call_module @conv1(input) : float32[16x32x32] NCHW {params=432, macs=442368, bytes=65536}
-      tokens = call_method @flatten(conv1) : float32[65x48] NLC(prefix=1, grid=8x8)
+      tokens = call_method @flatten(conv1) : float32[65x48] NLC(prefix=1, grid=8x8, stride=4)
       return tokens
     }
 
@@ -27,7 +27,9 @@ NOTE = re.compile(rf"// ({NAME}): ({STRING}|[^\"].*)")
 HEAD = re.compile(rf"graph ({NAME}) \(({NAME}): ({TYPE})\) {{")
 LINE = re.compile(rf"  ({NAME}) = (\w+) @({TARGET})\(((?:{NAME}(?:, {NAME})*)?)\) : ({TYPE})(?: {{([^}}]*)}})?")
 RETURN = re.compile(rf"  return ({NAME})")
-SHAPE = re.compile(r"([\w.]+)\[((?:\d+(?:x\d+)*)?)\] (\w+)(?:\((?:prefix=(\d+))?(?:, )?(?:grid=(\d+)x(\d+))?\))?")
+NUMBER = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
+DETAILS = rf"(?:prefix=(\d+))?(?:, )?(?:grid=(\d+)x(\d+))?(?:, )?(?:stride=({NUMBER})(?:x({NUMBER}))?)?"
+SHAPE = re.compile(rf"([\w.]+)\[((?:\d+(?:x\d+)*)?)\] (\w+)(?:\({DETAILS}\))?")
 COSTS = ("params", "macs", "bytes")
 
 
@@ -41,11 +43,21 @@ def print_graph(graph: Graph) -> str:
 
 
 def type_text(kind: TensorType) -> str:
-    """A type such as ``float32[16x32x32] NCHW`` or ``float32[65x48] NLC(prefix=1, grid=8x8)``."""
+    """A type such as ``float32[16x32x32] NCHW`` or ``float32[65x48] NLC(prefix=1, grid=8x8, stride=4)``.
+
+    A stride that is not the same down and across is written as ``stride=4x2``.
+    """
     details = [f"prefix={kind.prefix}"] if kind.prefix else []
     details += [f"grid={kind.grid[0]}x{kind.grid[1]}"] if kind.grid else []
+    details += [f"stride={_stride(*kind.stride)}"] if kind.stride else []
     suffix = f"({', '.join(details)})" if details else ""
     return f"{kind.dtype}[{'x'.join(map(str, kind.shape))}] {kind.layout}{suffix}"
+
+
+def _stride(down: float, across: float) -> str:
+    """Both numbers in the shortest form that gives the same floats again, once where they are equal."""
+    texts = [repr(float(value)).removesuffix(".0") for value in (down, across)]
+    return texts[0] if down == across else "x".join(texts)
 
 
 def _op_text(op: Op) -> str:
@@ -86,6 +98,15 @@ def _unquote(word: str) -> str:
     return str(json.loads(word)) if word.startswith('"') else word
 
 
+def _type(found: re.Match[str]) -> TensorType:
+    """The type of a match of `SHAPE`."""
+    dtype, shape, layout, prefix, height, width, down, across = found.groups()
+    sizes = tuple(int(size) for size in shape.split("x") if size)
+    grid = (int(height), int(width)) if height else None
+    stride = (float(down), float(across or down)) if down else None
+    return TensorType(sizes, Layout(layout), dtype, int(prefix or 0), grid, stride)
+
+
 class _Lines:
     """A text's lines and the place of the next one."""
 
@@ -115,14 +136,12 @@ class _Lines:
     def type(self, text: str) -> TensorType:
         """The type that `type_text` printed."""
         found = SHAPE.fullmatch(text)
-        if found is None:
-            raise self.error(f"{text!r} is not a type such as float32[65x48] NLC(prefix=1, grid=8x8)")
-        dtype, shape, layout, prefix, height, width = found.groups()
-        if layout not in set(Layout):
-            raise self.error(f"unknown layout {layout!r}{suggest(layout, list(Layout))}")
-        sizes = tuple(int(size) for size in shape.split("x") if size)
-        grid = (int(height), int(width)) if height else None
-        return TensorType(sizes, Layout(layout), dtype, int(prefix or 0), grid)
+        if found and found[3] not in set(Layout):
+            raise self.error(f"unknown layout {found[3]!r}{suggest(found[3], list(Layout))}")
+        kind = _type(found) if found else None
+        if kind is None or type_text(kind) != text:
+            raise self.error(f"{text!r} is not a type such as float32[65x48] NLC(prefix=1, grid=8x8, stride=4)")
+        return kind
 
     def op(self, found: re.Match[str]) -> Op:
         """The operation of a matched line."""

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from derc.artifacts import LoweredZoo, digest
 from derc.errors import DercError, UsageError
-from derc.ir import Graph, Layout, Op, TensorType, Value
+from derc.ir import Graph, Layout, Op, TensorType, Value, scaled
 from derc.layouts import infer
 from derc.lowered import Call, Lowered
 from derc.modules import Normalize
@@ -140,12 +140,15 @@ def _graph(program: fx.GraphModule, name: str) -> Graph:
     counted: set[int] = set()
     ops: list[Op] = []
     value, output = None, ""
+    image: tuple[int, int] | None = None  # of the input, which comes before every value with positions
     for node in program.graph.nodes:
         if node.op == "output":
             output = _single_output(node, name)
             continue
         near = tuple(dict.fromkeys(grid for operand in node.all_input_nodes for grid in grids[operand.name]))
         kind = _type(program, node, types, near)
+        image = image or kind.spatial
+        kind = scaled(kind, image) if image else kind
         types[node.name] = kind
         grids[node.name] = (kind.spatial,) if kind.spatial else near
         if node.op == "placeholder":

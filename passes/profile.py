@@ -92,7 +92,7 @@ def stitch_shapes(cut_zoo: CutZoo, partition: Partition) -> Shapes:
         for after in blocks:
             target = cut_zoo.donors[after.donor].cuts[after.first].type
             goes_on = before.donor == after.donor and before.last >= after.first
-            if after.set > before.set and not goes_on and stitching.convertible(source, target):
+            if after.set > before.set and not goes_on and stitching.keeps_places(source, target):
                 shapes[stitching.key(source, target)] = (source, target)
     return shapes
 

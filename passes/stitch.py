@@ -139,17 +139,16 @@ def body_rows(stitch: Stitch, source: torch.Tensor, target: torch.Tensor) -> tup
     x, _ = stitch.split(source)
     if stitch.target_layout == "NC":
         return x.mean((2, 3)), target
-    y = _map(stitch, target)
-    x = stitch.regrid(x, (y.shape[2], y.shape[3]))
-    return x.permute(0, 2, 3, 1).flatten(0, 2), y.permute(0, 2, 3, 1).flatten(0, 2)
+    x = stitch.enlarge(stitch.shrink(x))
+    return x.permute(0, 2, 3, 1).flatten(0, 2), _positions(stitch, target)
 
 
-def _map(stitch: Stitch, target: torch.Tensor) -> torch.Tensor:
-    """The target's positions as (N, C, H, W)."""
-    if stitch.target_layout == "NCHW":
-        return target
-    if stitch.target_layout == "NHWC":
-        return target.permute(0, 3, 1, 2)
-    tokens = target[:, stitch.target_prefix :]
-    height, width = stitch.target_grid or (tokens.shape[1], 1)
-    return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], height, width)
+def _positions(stitch: Stitch, target: torch.Tensor) -> torch.Tensor:
+    """The target's positions, row by row, as (rows, channels)."""
+    match stitch.target_layout:
+        case "NCHW":
+            return target.permute(0, 2, 3, 1).flatten(0, 2)
+        case "NHWC":
+            return target.flatten(0, 2)
+        case _:
+            return target[:, stitch.target_prefix :].flatten(0, 1)

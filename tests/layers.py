@@ -80,7 +80,7 @@ def legal(problem: Problem, options: Select) -> Iterator[Assembly]:
             return False
         before = problem.cuts.donors[a.donor].cuts[a.last].type
         after = problem.cuts.donors[b.donor].cuts[b.first].type
-        return (a.donor == b.donor and a.last == b.first) or stitching.convertible(before, after)
+        return (a.donor == b.donor and a.last == b.first) or stitching.keeps_places(before, after)
 
     def grow(prefix: tuple[BlockRef, ...]) -> Iterator[Assembly]:
         last = prefix[-1]

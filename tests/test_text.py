@@ -15,6 +15,7 @@ from derc.text import parse_graph, print_graph, type_text
 CASES = sorted((Path(__file__).parent / "cases" / "text").glob("*.txt"))
 
 sizes = st.integers(1, 999)
+strides = st.builds(lambda image, grid: image / grid, sizes, sizes) | st.floats(1e-9, 1e20)
 names = st.text(max_size=8) | st.sampled_from(["x", "layer.0", "a-b/c", "a b", '"', "resnet[0:5]", "\u2028", "ü"])
 types = st.builds(
     TensorType,
@@ -23,6 +24,7 @@ types = st.builds(
     dtype=st.sampled_from(["float32", "int64", "tuple"]),
     prefix=st.integers(0, 5),
     grid=st.none() | st.tuples(sizes, sizes),
+    stride=st.none() | st.tuples(strides, strides),
 )
 costs = st.integers(0, 10**12)
 ops = st.builds(
@@ -44,6 +46,12 @@ def test_parse_inverts_print(graph: Graph) -> None:
     assert parse_graph(print_graph(graph)) == graph
 
 
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(kind=types)
+def test_types_are_told_apart_by_their_text(kind: TensorType) -> None:
+    assert parse_graph(f"graph g (x: {type_text(kind)}) {{\n  return x\n}}\n").input.type == kind
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
 def test_print_inverts_parse(case: Path) -> None:
     graph = parse_graph(case.read_text())
@@ -57,9 +65,9 @@ def test_there_are_cases() -> None:
 
 def test_what_the_donor_case_means() -> None:
     graph = parse_graph(next(case for case in CASES if case.stem == "donor").read_text())
-    assert graph.input == Value("input", TensorType((3, 32, 32), Layout.NCHW))
+    assert graph.input == Value("input", TensorType((3, 32, 32), Layout.NCHW, stride=(1, 1)))
     assert graph.ops[0] == Op("conv1", "call_module", "conv1", ("input",), graph.ops[0].type, 432, 442368, 65536)
-    assert graph.ops[1].type == TensorType((65, 48), Layout.NLC, "float32", 1, (8, 8))
+    assert graph.ops[1].type == TensorType((65, 48), Layout.NLC, "float32", 1, (8, 8), (4, 4))
     assert graph.output == "tokens"
 
 
@@ -71,6 +79,21 @@ def test_notes_have_one_order() -> None:
 
 def test_type_text_of_a_plain_type() -> None:
     assert type_text(TensorType((10,), Layout.NC)) == "float32[10] NC"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (TensorType((16, 8, 8), Layout.NCHW, stride=(4.0, 4.0)), "float32[16x8x8] NCHW(stride=4)"),
+        (TensorType((8, 4, 3), Layout.NHWC, stride=(4.0, 8.5)), "float32[8x4x3] NHWC(stride=4x8.5)"),
+        (
+            TensorType((65, 48), Layout.NLC, "float32", 1, (8, 8), (28 / 15, 28 / 15)),
+            "float32[65x48] NLC(prefix=1, grid=8x8, stride=1.8666666666666667)",
+        ),
+    ],
+)
+def test_type_text_of_a_scale(kind: TensorType, text: str) -> None:
+    assert type_text(kind) == text
 
 
 GOOD = """graph g (x: float32[3] NC) {
@@ -88,6 +111,10 @@ GOOD = """graph g (x: float32[3] NC) {
         ("[4] NC", "[4] NCWH", r"line 2: unknown layout 'NCWH'"),
         ("[4] NC", "[4x] NC", r"line 2: 'float32\[4x\] NC' is not a type"),
         ("[3] NC", "[3] NC(pre=1)", r"line 1: .* is not a type"),
+        ("[3] NC", "[3] NC(stride=4.0)", r"line 1: .* is not a type"),
+        ("[3] NC", "[3] NC(stride=4x4)", r"line 1: .* is not a type"),
+        ("[3] NC", "[3] NC(stride=1, prefix=1)", r"line 1: .* is not a type"),
+        ("[3] NC", "[3] NC()", r"line 1: .* is not a type"),
         ("params=1", "parms=1", r"line 2: 'parms=1' is not a cost such as params=432; did you mean 'params'\?"),
         ("params=1", "params=-1", r"line 2: 'params=-1' is not a cost"),
         ("params=1", "macs=1, macs=2", r"line 2: 'macs=2' is not a cost"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from derc import stitching
@@ -13,7 +15,8 @@ from derc.assembled import assemble
 from derc.data import Split
 from derc.errors import DercError
 from derc.ir import Layout, TensorType
-from derc.passes.stitch import FitStitches, Moments, ridge
+from derc.passes.stitch import FitStitches, Moments, body_rows, ridge
+from tests.stitches import PAIRS, build, kinds, random_value
 from tests.world import make_context
 
 KINDS = [
@@ -21,6 +24,9 @@ KINDS = [
     TensorType((4, 4, 5), Layout.NHWC),
     TensorType((17, 7), Layout.NLC, prefix=1, grid=(4, 4)),
     TensorType((64, 4), Layout.NLC, grid=(8, 8)),
+    TensorType((41, 3), Layout.NLC, prefix=5, grid=(4, 9)),
+    TensorType((30, 4), Layout.NLC, prefix=2),
+    TensorType((3, 7, 5), Layout.NCHW),
     TensorType((9,), Layout.NC),
 ]
 
@@ -43,10 +49,8 @@ class Project(nn.Module):
         return (x.flatten(1) @ self.weight).unflatten(1, self.kind.shape)
 
 
-PAIRS = [(source, target) for source in KINDS for target in KINDS if stitching.convertible(source, target)]
-
-
-@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize("source", KINDS, ids=stitching.describe)
+@pytest.mark.parametrize("target", KINDS, ids=stitching.describe)
 def test_a_stitch_that_exists_is_found(source, target):
     truth = stitching.build(source, target)
     front = Project(source, 1)
@@ -57,6 +61,28 @@ def test_a_stitch_that_exists_is_found(source, target):
     with torch.no_grad():
         want, got = truth(front(x)), stitch(front(x))
     assert (want - got).norm() < 0.02 * want.norm()
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(data=st.data(), seed=st.integers(0, 10**6))
+def test_what_is_fitted_is_the_least_error_of_the_stitch_itself(before, after, data, seed):
+    source, target = data.draw(kinds(before)), data.draw(kinds(after))
+    stitch, x, y = build(source, target), random_value(source, seed, 6), random_value(target, seed + 1, 6)
+    _solve(stitch.linear, *body_rows(stitch, x, y))
+    if stitch.prefix is not None:
+        _solve(stitch.prefix, stitch.split(x)[1], y[:, : target.prefix].flatten(1))
+    (stitch(x) - y).square().sum().backward()
+    assert all(parameter.grad.abs().max() < 1e-9 * y.square().sum() for parameter in stitch.parameters())
+
+
+@torch.no_grad()
+def _solve(linear: nn.Linear, features: torch.Tensor, targets: torch.Tensor) -> None:
+    """Ordinary least squares with intercept, straight from the rows."""
+    design = np.concatenate([features.numpy(), np.ones((len(features), 1))], 1)
+    found = torch.from_numpy(np.linalg.lstsq(design, targets.numpy(), rcond=None)[0])
+    linear.weight.copy_(found[:-1].T)
+    linear.bias.copy_(found[-1])
 
 
 def test_ridge_is_the_least_squares_solution():
