@@ -1,15 +1,18 @@
-"""Calling what builds a donor: a timm name, or a function in the user's own package."""
+"""Calling what builds a donor: a library's network by name, or a function in the user's own package."""
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from derc.errors import UsageError, suggest
+from derc import huggingface
+from derc.errors import DercError, UsageError, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,9 +27,11 @@ def make(donor: str, factory: str, kwargs: Mapping[str, Any], folder: Path | Non
 
     function = find(donor, factory, folder)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with _naming(donor), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = function(**kwargs)
+    except DercError:
+        raise
     except Exception as error:  # the factory is the user's code
         raise UsageError(f"donor {donor}: {factory} failed: {first_line(error)}") from error
     if not isinstance(module, torch.nn.Module):
@@ -40,10 +45,12 @@ def find(donor: str, factory: str, folder: Path | None) -> Callable[..., Any]:
     Raises UsageError where there is none.
     """
     library, _, name = factory.partition(":")
-    if library == "timm" and name:
-        return _timm(name)
+    if library in LIBRARIES and name:
+        with _naming(donor):
+            return LIBRARIES[library](name)
     if not library or not name:
-        raise UsageError(f"donor {donor}: factory {factory!r} is neither timm:NAME nor package.module:function")
+        schemes = ", ".join(f"{scheme}:NAME" for scheme in LIBRARIES)
+        raise UsageError(f"donor {donor}: factory {factory!r} is neither {schemes} nor package.module:function")
     try:
         with _on_path(folder):
             module = importlib.import_module(library)
@@ -58,14 +65,42 @@ def find(donor: str, factory: str, folder: Path | None) -> Callable[..., Any]:
 
 
 def source_bytes(factory: str) -> bytes:
-    """Source of the module that an imported `factory` lies in; nothing for timm's, whose version is known."""
+    """Source of the module that an imported `factory` lies in; the version alone for a library's."""
     library = factory.partition(":")[0]
-    if library == "timm":
-        import timm
-
-        return str(timm.__version__).encode()
+    if library in LIBRARIES:
+        return metadata.version(library).encode()
     file = getattr(sys.modules.get(library), "__file__", None)
     return Path(file).read_bytes() if file else b""
+
+
+def source(factory: str, kwargs: Mapping[str, Any]) -> tuple[str, str]:
+    """The import line and the expression that build the network where derc is not installed."""
+    library, _, name = factory.partition(":")
+    arguments = [f"{key}={value!r}" for key, value in kwargs.items()]
+    match library:
+        case "timm":
+            return "import timm", f"timm.create_model({', '.join([repr(name), 'pretrained=False', *arguments])})"
+        case "torchvision":
+            call = ", ".join([repr(architecture(name)), "weights=None", *arguments])
+            return "import torchvision", f"torchvision.models.get_model({call})"
+        case "transformers":
+            return "import transformers", huggingface.source(name, kwargs)
+    alias = re.sub(r"\W", "_", factory)
+    return f"from {library} import {name} as {alias}", f"{alias}({', '.join(arguments)})"
+
+
+@contextmanager
+def _naming(donor: str) -> Iterator[None]:
+    """Say in an error of the body which donor it is about."""
+    try:
+        yield
+    except DercError as error:
+        raise type(error)(f"donor {donor}: {error}") from error
+
+
+def architecture(name: str) -> str:
+    """The network of a name that may end in a tag of its weights, ``resnet50.a1_in1k``."""
+    return name.partition(".")[0]
 
 
 def first_line(error: BaseException) -> str:
@@ -77,14 +112,34 @@ def first_line(error: BaseException) -> str:
 def _timm(name: str) -> Callable[..., Any]:
     import timm
 
-    architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        raise UsageError(f"timm has no network {architecture!r}{suggest(architecture, timm.list_models())}")
+    if not timm.is_model(architecture(name)):
+        raise UsageError(f"timm has no network {architecture(name)!r}{suggest(architecture(name), timm.list_models())}")
 
     def create(**kwargs: Any) -> Any:
         return timm.create_model(name, **kwargs)
 
     return create
+
+
+def _torchvision(name: str) -> Callable[..., Any]:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if architecture(name) not in known:
+        raise UsageError(f"torchvision has no classifier {architecture(name)!r}{suggest(architecture(name), known)}")
+
+    def create(**kwargs: Any) -> Any:
+        return models.get_model(architecture(name), weights=None, **kwargs)
+
+    return create
+
+
+LIBRARIES: dict[str, Callable[[str], Callable[..., Any]]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": huggingface.find,
+}
+"""What finds a network by its name, for each library whose networks derc knows."""
 
 
 @contextmanager
