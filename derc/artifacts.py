@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import cattrs
 import numpy as np
+from cattrs.gen import make_dict_unstructure_fn
 
 from derc.errors import IntegrityError
 from derc.ir import Graph, Value
@@ -129,10 +130,48 @@ class LatencyTable:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """A stitch that a recipe asks for; `stride` is that of its convolution."""
+
+    kind: str = "linear"
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class Stem:
+    """A fresh stem for images of shape `image` (C, H, W), normalised with `mean` and `std` per channel."""
+
+    channels: int
+    image: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"conv7x7({self.channels})"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A fresh linear head on the mean over all positions."""
+
+    classes: int
+
+    def __str__(self) -> str:
+        return f"linear({self.classes})"
+
+
+@dataclass(frozen=True)
 class Assembly:
-    """Blocks in order; a stitch joins neighbours unless they are consecutive blocks of one donor."""
+    """Blocks in order; a stitch joins neighbours unless they are consecutive blocks of one donor.
+
+    A recipe may say otherwise: `joints[i]` is then the stitch in front of block i, None where there is none. A fresh
+    `stem` comes before the blocks, a fresh `head` after them.
+    """
 
     blocks: tuple[BlockRef, ...]
+    joints: tuple[Joint | None, ...] = ()
+    stem: Stem | None = None
+    head: Head | None = None
 
     @property
     def donors(self) -> tuple[str, ...]:
@@ -140,21 +179,30 @@ class Assembly:
 
     @property
     def intact(self) -> bool:
-        return not any(self.stitched)
+        return not any(self.stitched) and self.stem is None and self.head is None
 
     @property
     def stitched(self) -> tuple[bool, ...]:
         """For each pair of neighbours, whether a stitch joins them."""
+        if self.joints:
+            return tuple(joint is not None for joint in self.joints[1:])
         pairs = zip(self.blocks, self.blocks[1:], strict=False)
         return tuple(a.donor != b.donor or a.last != b.first for a, b in pairs)
 
+    def joint(self, index: int) -> Joint | None:
+        """The stitch in front of block `index`, None where there is none."""
+        if self.joints:
+            return self.joints[index]
+        return Joint() if index and self.stitched[index - 1] else None
+
     def __str__(self) -> str:
-        return " | ".join(map(str, self.blocks))
+        ends = [self.stem] if self.stem else [], [self.head] if self.head else []
+        return " | ".join(map(str, (*ends[0], *self.blocks, *ends[1])))
 
 
 @dataclass(frozen=True)
 class StitchedAssembly:
-    """An assembly with its stitches' weights: one state dict for each stitched pair of neighbours, in order.
+    """An assembly with the weights of what its donors do not give: one state dict for each such part, in order.
 
     `residual[i]` is the share of the target activation's variance that stitch i leaves unexplained on held-back probes.
     """
@@ -268,7 +316,10 @@ class Selection:
 
 @cache
 def _converter() -> cattrs.Converter:
-    return cattrs.Converter(forbid_extra_keys=True)
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    plain = make_dict_unstructure_fn(Assembly, converter, _cattrs_omit_if_default=True)
+    converter.register_unstructure_hook(Assembly, plain)
+    return converter
 
 
 def encode(artifact: Any) -> tuple[str, dict[str, Array]]:
