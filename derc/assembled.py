@@ -1,4 +1,4 @@
-"""An assembly as a live network: donors' blocks and stitches in a row."""
+"""An assembly as a live network: donors' blocks, and what derc adds, in a row."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from derc import stitching
-from derc.artifacts import Array, Assembly
+from derc.artifacts import Array, Assembly, BlockRef
 from derc.lowered import Lowered
 from derc.modules import Stitch
+from derc.parts import parts
 
 
 class Assembled(nn.Module):
-    """`parts` alternate donors' blocks, which share the donors' parameters, and the stitches between them."""
+    """`parts` are donors' blocks, which share the donors' parameters, and what derc adds: stitches, stem, head."""
 
     def __init__(self, parts: list[nn.Module]) -> None:
         super().__init__()
@@ -34,23 +35,22 @@ class Assembled(nn.Module):
 def assemble(
     assembly: Assembly, lowered: Mapping[str, Lowered], states: tuple[dict[str, Array], ...] = ()
 ) -> Assembled:
-    """The network of an assembly in eval mode; stitches without a state keep torch's random initialisation."""
-    parts: list[nn.Module] = []
+    """The network of an assembly in eval mode; what has no state keeps torch's random initialisation."""
+    modules: list[nn.Module] = []
     remaining = list(states)
-    for index, block in enumerate(assembly.blocks):
-        if index and assembly.stitched[index - 1]:
-            stitch = new_stitch(assembly, index, lowered)
-            if remaining:
-                stitch.load_state_dict(
-                    {name: torch.from_numpy(value.copy()) for name, value in remaining.pop(0).items()}
-                )
-            parts.append(stitch)
-        parts.append(lowered[block.donor].block(block.first, block.last))
-    return Assembled(parts).eval()
+    for part in parts(assembly, lowered):
+        if isinstance(part.spec, BlockRef):
+            modules.append(lowered[part.spec.donor].block(part.spec.first, part.spec.last))
+            continue
+        module = part.build()
+        if remaining:
+            module.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in remaining.pop(0).items()})
+        modules.append(module)
+    return Assembled(modules).eval()
 
 
 def new_stitch(assembly: Assembly, index: int, lowered: Mapping[str, Lowered]) -> Stitch:
-    """A fresh stitch in front of block `index`."""
+    """A fresh linear stitch in front of block `index`."""
     before, after = assembly.blocks[index - 1], assembly.blocks[index]
     source, target = lowered[before.donor].cuts[before.last].type, lowered[after.donor].cuts[after.first].type
     return stitching.build(source, target)

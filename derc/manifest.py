@@ -48,7 +48,7 @@ def _target(context: Context) -> dict[str, Any]:
 
 def _selected(outcome: Outcome) -> dict[str, Any]:
     assembly, chosen = outcome.chosen.assembly, outcome.chosen
-    plan = plan_graph(assembly, outcome)
+    plan = plan_graph(assembly, outcome.search.cuts.donors)
     blocks = [op for op in plan.ops if op.kind == "block"]
     stitches = [op for op in plan.ops if op.kind == "stitch"]
     residuals = chosen.stitched.residual

@@ -106,3 +106,83 @@ class Stitch(nn.Module):
             return x
         tokens = self.prefix(summary).reshape(x.shape[0], self.target_prefix, x.shape[2])
         return torch.cat([tokens, x], 1)
+
+
+class DeryStitch(nn.Module):
+    """The paper's stitch between maps: batch norm, a convolution whose kernel is its stride, without bias, leaky ReLU.
+
+    `source` is (layout, channels, (height, width)), `target` (layout, channels); tokens count row by row.
+    """
+
+    def __init__(self, source: tuple[str, int, tuple[int, int]], target: tuple[str, int], stride: int = 1) -> None:
+        super().__init__()
+        self.source_layout, channels, self.grid = source
+        self.target_layout, width = target
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, width, stride, stride, bias=False)
+        self.act = nn.LeakyReLU(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.source_layout == "NLC":
+            x = x.unflatten(1, self.grid)
+        if self.source_layout != "NCHW":
+            x = x.permute(0, 3, 1, 2)
+        x = self.act(self.conv(self.norm(x)))
+        if self.target_layout != "NCHW":
+            x = x.permute(0, 2, 3, 1)
+        return x.flatten(1, 2) if self.target_layout == "NLC" else x
+
+
+class DeryTokenStitch(nn.Module):
+    """The paper's stitch between tokens: layer norm, a linear map without bias, leaky ReLU.
+
+    It works on the last axis; `grid` is the (height, width) that the positions get, None where they stay in a row.
+    """
+
+    def __init__(self, channels: int, width: int, grid: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.grid = grid
+        self.norm = nn.LayerNorm(channels)
+        self.linear = nn.Linear(channels, width, bias=False)
+        self.act = nn.LeakyReLU(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.linear(self.norm(x)))
+        x = x.flatten(1, -2)
+        return x if self.grid is None else x.unflatten(1, self.grid)
+
+
+class Stem(nn.Module):
+    """A fresh stem: normalisation, 7×7 convolution of stride 2, batch norm, ReLU, 3×3 max pooling of stride 2."""
+
+    def __init__(self, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.conv = nn.Conv2d(len(mean), channels, 7, 2, 3, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled: torch.Tensor = self.pool(self.act(self.norm(self.conv(self.normalize(x)))))
+        return pooled
+
+
+class Head(nn.Module):
+    """A fresh head: the mean over all positions, then a linear layer; `prefix` leading tokens are left out."""
+
+    def __init__(self, layout: str, channels: int, prefix: int, classes: int) -> None:
+        super().__init__()
+        self.layout, self.prefix = layout, prefix
+        self.linear = nn.Linear(channels, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        match self.layout:
+            case "NCHW":
+                x = x.mean((2, 3))
+            case "NHWC":
+                x = x.mean((1, 2))
+            case "NLC":
+                x = x[:, self.prefix :].mean(1)
+        logits: torch.Tensor = self.linear(x)
+        return logits

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from derc import stitching
-from derc.artifacts import Assembly, Emitted, LoweredZoo, Shipped
+from derc.artifacts import Assembly, BlockRef, CutDonor, Emitted, LoweredZoo, Shipped
 from derc.assembled import assemble, seeded
 from derc.config import CompileSettings
 from derc.data import Split
-from derc.ir import Graph, Op
+from derc.ir import Graph, Op, Value
 from derc.judge import columns_of, correct, logits
+from derc.parts import entry, parts
 from derc.pipeline import Context, Timings
 from derc.search import Judged, Search
+from derc.stitching import StitchCost
 from derc.version import VERSION
 
 
@@ -36,37 +38,20 @@ class Outcome:
     negligible: float
 
 
-def plan_graph(assembly: Assembly, outcome: Outcome) -> Graph:
-    """The assembly in the IR: blocks and stitches as operations."""
-    donors = outcome.search.cuts.donors
-    first = donors[assembly.blocks[0].donor].cuts[0]
+def plan_graph(assembly: Assembly, donors: Mapping[str, CutDonor]) -> Graph:
+    """The assembly in the IR: blocks, stitches, stem and head as operations."""
+    first = Value(donors[assembly.blocks[0].donor].cuts[0].name, entry(assembly, donors))
     ops: list[Op] = []
-    value = first.name
-    for index, block in enumerate(assembly.blocks):
-        donor = donors[block.donor]
-        if index and assembly.stitched[index - 1]:
-            before = assembly.blocks[index - 1]
-            source, target = donors[before.donor].cuts[before.last].type, donor.cuts[block.first].type
-            price = stitching.cost(source, target)
-            ops.append(
-                Op(
-                    f"stitch{index}",
-                    "stitch",
-                    stitching.key(source, target),
-                    (value,),
-                    target,
-                    price.params,
-                    price.macs,
-                    price.bytes,
-                )
-            )
-            value = f"stitch{index}"
-        units = donor.units[block.first : block.last]
-        params, macs = sum(u.params for u in units), sum(u.macs for u in units)
-        kind = donor.cuts[block.last].type
-        ops.append(Op(f"block{index}", "block", str(block), (value,), kind, params, macs, 4 * kind.numel))
-        value = f"block{index}"
-    return Graph("assembly", first, tuple(ops), value, {"derc": VERSION})
+    for part in parts(assembly, donors):
+        operand = ops[-1].name if ops else first.name
+        if isinstance(part.spec, BlockRef):
+            units = donors[part.spec.donor].units[part.spec.first : part.spec.last]
+            cost = StitchCost(sum(u.params for u in units), sum(u.macs for u in units), 4 * part.target.numel)
+        else:
+            cost = part.cost
+        label, kind = part.label, part.kind
+        ops.append(Op(part.name, kind, label, (operand,), part.target, cost.params, cost.macs, cost.bytes))
+    return Graph("assembly", first, tuple(ops), ops[-1].name, {"derc": VERSION})
 
 
 def accuracies(outcome: Outcome) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from derc import stitching
 from derc.artifacts import Assembly, BlockRef, Head, Joint, Stem
 from derc.errors import UsageError
-from derc.ir import Layout, TensorType, Value
+from derc.ir import Layout, TensorType, Value, scaled
 from derc.stitching import StitchCost
 
 if TYPE_CHECKING:
@@ -101,16 +101,17 @@ def parts(assembly: Assembly, donors: Mapping[str, HasCuts]) -> tuple[Part, ...]
     """Every part of an assembly in order."""
     found: list[Part] = []
     value = entry(assembly, donors)
+    image = value.shape[1], value.shape[2]
     if assembly.stem:
         found.append(Part("stem", assembly.stem, value, stem_type(assembly.stem)))
         value = found[-1].target
     for index, block in enumerate(assembly.blocks):
-        cuts = donors[block.donor].cuts
-        joint = assembly.joint(index)
+        cuts, joint = donors[block.donor].cuts, assembly.joint(index)
+        first, last = (scaled(cuts[cut].type, image) for cut in (block.first, block.last))
         if joint:
-            found.append(Part(f"stitch{index}", joint, value, cuts[block.first].type))
-        value = cuts[block.last].type
-        found.append(Part(f"block{index}", block, cuts[block.first].type, value))
+            found.append(Part(f"stitch{index}", joint, value, first))
+        found.append(Part(f"block{index}", block, first, last))
+        value = last
     if assembly.head:
         found.append(Part("head", assembly.head, value, TensorType((assembly.head.classes,), Layout.NC)))
     return tuple(found)
@@ -126,7 +127,8 @@ def entry(assembly: Assembly, donors: Mapping[str, HasCuts]) -> TensorType:
 def stem_type(stem: Stem) -> TensorType:
     """What a fresh stem gives."""
     _, height, width = stem.image
-    return TensorType((stem.channels, _halved(_halved(height)), _halved(_halved(width))), Layout.NCHW)
+    shape = stem.channels, _halved(_halved(height)), _halved(_halved(width))
+    return scaled(TensorType(shape, Layout.NCHW), (height, width))
 
 
 def _halved(side: int) -> int:

@@ -62,7 +62,7 @@ def summarise(outcome: Outcome, started: float) -> dict[str, Any]:
 def _files(outcome: Outcome) -> dict[str, bytes]:
     emitted = outcome.emitted
     weights = {name: torch.from_numpy(value.copy()) for name, value in emitted.weights.items()}
-    plan = plan_graph(outcome.chosen.assembly, outcome)
+    plan = plan_graph(outcome.chosen.assembly, outcome.search.cuts.donors)
     plan.verify()
     return {
         "model.py": emitted.source.encode(),

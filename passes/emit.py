@@ -14,6 +14,7 @@ from derc.assembled import assemble
 from derc.emitted import realise
 from derc.errors import ParityError
 from derc.exporting import export
+from derc.parts import entry
 from derc.pipeline import Context
 from derc.printing import print_network
 
@@ -42,8 +43,7 @@ class Emit:
                 f"the emitted model.py differs from the assembled network by {parity:.3g} on probe images: "
                 "a donor's forward pass does more than its graph shows; leave that donor out and report it"
             )
-        first = stitched.assembly.blocks[0].donor
-        example = torch.zeros(context.target.batch, *context.lowered[first].cuts[0].type.shape)
+        example = torch.zeros(context.target.batch, *entry(stitched.assembly, context.lowered).shape)
         model = export(network, example, ("output",))
         weights = {name: value.detach().contiguous().numpy() for name, value in printed.weights.items()}
         return Emitted(printed.source, weights, np.frombuffer(model, dtype=np.uint8), parity)
