@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from derc import exporting, stitching
 from derc.ir import Layout, TensorType
+from derc.modules import Stitch
 from tests.stitches import PAIRS, build, expected, kinds, random_value
 
 each_pair = pytest.mark.parametrize(
@@ -52,6 +55,17 @@ def test_a_grid_that_shrinks_is_averaged_so_that_all_positions_weigh_the_same() 
     x = torch.zeros(35, 1, 7, 5)
     x.view(35, 35).fill_diagonal_(1)
     torch.testing.assert_close(stitch.shrink(x).mean((1, 2, 3)), torch.full((35,), 1 / 35))
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_the_source_of_a_stitch_stands_alone_and_takes_its_weights(before: str, after: str) -> None:
+    scope = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+    exec(inspect.getsource(Stitch), scope)
+    stitch = stitching.build(SOURCES[before], TARGETS[after])
+    alone = scope["Stitch"](**stitching.arguments(SOURCES[before], TARGETS[after]))
+    alone.load_state_dict(stitch.state_dict())
+    x = random_value(SOURCES[before], 0).float()
+    assert torch.equal(alone(x), stitch(x))
 
 
 SOURCES = {
