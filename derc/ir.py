@@ -86,8 +86,8 @@ class Op:
     """One operation; it defines the value of its own name.
 
     `kind` is an fx opcode (call_module, call_function, call_method, get_attr), in an assembly block, stitch, stem or
-    head. `params` are counted once, at their first use. `macs` are multiply-accumulates, `bytes` the output's size, both
-    for one image.
+    head. `params` are counted once, at their first use. `macs` are multiply-accumulates, `bytes` the output's size,
+    both for one image.
     """
 
     name: str
