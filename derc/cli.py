@@ -25,8 +25,9 @@ EPILOG = (
 )
 
 SOURCES: tuple[Function, ...] = (
-    click.option("--zoo", help="digits, timm:NAME[,NAME…] or a TOML file."),
+    click.option("--zoo", help="digits, timm:NAME[,NAME…] or another library's, or a TOML file."),
     click.option("--checkpoint", type=click.Path(), help="Weights for --zoo timm:NAME."),
+    click.option("--offline", is_flag=True, default=None, help="Published weights from the local hub caches alone."),
     click.option("--data", help="digits, folder:PATH or npz:PATH."),
     click.option("--probe", type=int, help="Number of probe images."),
     click.option("--seed", type=int, help="Seed of every random choice."),
@@ -83,6 +84,28 @@ def compile_(as_json: bool, quiet: bool, **flags: Any) -> None:
     from derc.summary import command_line, result
 
     manifest = compile_bundle(settings, console, command_line(settings))
+    if as_json:
+        click.echo(json.dumps(result(manifest)))
+    else:
+        _tell(manifest)
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@options(SOURCES, DEVICE)
+@click.option("-o", "--output", type=click.Path(), help="Directory of the bundle.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+@JSON
+def assemble(recipe: Path, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Build the network that RECIPE, a TOML file, writes down; with --data its linear stitches are fitted."""
+    from derc.recipe import read_recipe
+
+    flags["zoo"] = flags["zoo"] or read_recipe(recipe).zoo
+    settings, console = _settings(flags, quiet)
+    from derc.assembling import assemble_bundle
+    from derc.recipe_bundle import result
+
+    manifest = assemble_bundle(recipe, settings, console)
     if as_json:
         click.echo(json.dumps(result(manifest)))
     else:
@@ -255,7 +278,7 @@ def _tell(manifest: dict[str, Any]) -> None:
     click.echo(f"network   {manifest['selected']['assembly']}")
     click.echo(f"latency   {latency['measured_ms']:.3f} ms measured, 95% interval {low:.3f} to {high:.3f}{limit}")
     if accuracy["heldout"] is not None:
-        best = accuracy["best_intact_within_budget"]
+        best = accuracy.get("best_intact_within_budget")
         beside = f"; best intact donor within the budget: {best['donor']} {best['heldout']:.4f}" if best else ""
         click.echo(f"accuracy  {accuracy['heldout']:.4f} held-out, no training{beside}")
     click.echo(f"bundle    {Path(manifest['artifacts']['manifest.json']).parent}")

@@ -40,7 +40,7 @@ class BlockTable(Table):
     first: int | str
     last: int | str
     stitch: Literal["linear", "dery", "dery-fc"] | None = None
-    stride: int = Field(1, ge=1)
+    stride: int = Field(default=1, ge=1)
     grid: Literal["donor", "keep"] = "donor"
 
 
@@ -48,14 +48,14 @@ class StemTable(Table):
     """The first donor's own stem, or a fresh one."""
 
     kind: Literal["donor", "conv7x7"] = "donor"
-    channels: int = Field(64, ge=1)
+    channels: int = Field(default=64, ge=1)
 
 
 class HeadTable(Table):
     """The last donor's own head, or a fresh linear one of `classes` outputs."""
 
     kind: Literal["donor", "linear"] = "donor"
-    classes: int | None = Field(None, ge=1)
+    classes: int | None = Field(default=None, ge=1)
 
 
 class Recipe(Table):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from derc import bundle
-from derc.config import CompileSettings
+from derc.config import KEYS, CompileSettings
 from derc.manifest import manifest_of
 from derc.outcome import Outcome, plan_graph
 from derc.report import render
@@ -26,15 +27,18 @@ def result(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: manifest[name] for name in RESULT}
 
 
-def command_line(settings: CompileSettings) -> str:
-    """The command that repeats this compile from any directory, the output left out."""
-    return shlex.join(["derc", "compile", *_arguments(settings)])
+def command_line(settings: CompileSettings, *words: str, names: Iterable[str] = KEYS) -> str:
+    """The command that repeats this from any directory, the output left out: `words` (compile) and settings `names`."""
+    return shlex.join(["derc", *(words or ("compile",)), *_arguments(settings, set(names) - {"output"})])
 
 
-def _arguments(settings: CompileSettings) -> list[str]:
-    """The flags that give these settings, the output left out and paths made absolute."""
+def _arguments(settings: CompileSettings, names: set[str]) -> list[str]:
+    """The flags that give these settings, paths made absolute."""
     result: list[str] = []
-    for name, value in settings.model_dump(exclude={"output", "defaulted"}, exclude_none=True).items():
+    for name, value in settings.model_dump(include=names, exclude_none=True).items():
+        if isinstance(value, bool):
+            result += [f"--{name.replace('_', '-')}"] if value else []
+            continue
         if name == "data" and isinstance(value, str) and ":" in value:
             kind, _, path = value.partition(":")
             value = f"{kind}:{Path(path).absolute()}"

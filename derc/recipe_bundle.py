@@ -1,0 +1,191 @@
+"""The bundle of a recipe: its manifest, and the same files that a compile writes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from derc import bundle, stitching
+from derc.artifacts import BlockRef, CutDonor, Joint
+from derc.assembled import assemble
+from derc.assembling import Built
+from derc.data import Split
+from derc.donor import Donor
+from derc.ir import Graph
+from derc.judge import columns_of, correct, logits
+from derc.outcome import plan_graph
+from derc.parts import Part
+from derc.report import render
+from derc.text import print_graph
+from derc.version import VERSION
+
+BUDGETS = ("latency_ms", "params_m", "macs_g", "memory_mb")
+RESULT = ("status", "target", "selected", "latency", "accuracy", "parity", "timings_s", "artifacts")
+
+
+def result(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The part of a manifest that `derc assemble --json` prints."""
+    return {name: manifest[name] for name in RESULT}
+
+
+def write(built: Built, seconds: float) -> dict[str, Any]:
+    """Write the bundle; returns its manifest with `artifacts`, the paths of its files."""
+    start = time.perf_counter()
+    manifest = manifest_of(built)
+    manifest["timings_s"] = {"total": round(seconds + time.perf_counter() - start, 3)}
+    files = _files(built)
+    listed = {**manifest, "files": {name: bundle.sha256(data) for name, data in sorted(files.items())}}
+    files["report.html"] = render(listed).encode()
+    sealed = bundle.write(built.settings.output, files, manifest)
+    paths = {name: str(built.settings.output / name) for name in (*sorted(files), bundle.MANIFEST)}
+    return {**sealed, "artifacts": paths}
+
+
+def graph_of(built: Built) -> Graph:
+    """The plan in the IR, with notes on where the weights come from."""
+    context = built.context
+    cuts = {name: CutDonor(one.cuts, one.units) for name, one in context.lowered.items()}
+    graph = plan_graph(built.stitched.assembly, cuts)
+    notes = {part.name: weights_of(part, built) for part in built.parts if not isinstance(part.spec, BlockRef)}
+    donors = {f"donor/{donor.name}": _origin(donor) for donor in context.zoo.donors}
+    return replace(graph, notes={**graph.notes, **notes, **donors})
+
+
+def weights_of(part: Part, built: Built) -> str:
+    """Where the weights of what derc adds come from: fitted, or random."""
+    return "fitted" if part.name in built.fitted else "random"
+
+
+def _origin(donor: Donor) -> str:
+    """Where a donor's weights come from."""
+    if donor.weights is not None:
+        return donor.weights.name
+    return "pretrained" if donor.pretrained else "none: as the factory makes it under seed 0"
+
+
+def manifest_of(built: Built) -> dict[str, Any]:
+    """The manifest without timings and files."""
+    context, shipped = built.context, built.shipped
+    plan = graph_of(built)
+    return {
+        "schema": bundle.SCHEMA,
+        "derc": VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "status": "ok",
+        "command": built.command,
+        "target": {
+            "name": context.target.name,
+            "engine": context.engine.describe(),
+            "batch": context.target.batch,
+        },
+        "zoo": {"spec": built.settings.zoo, "negligible": 0.0},
+        "recipe": built.recipe.model_dump(mode="json"),
+        "data": context.data.name,
+        "input": {"shape": list(built.parts[0].source.shape), "range": [0, 1]},
+        "budget": dict.fromkeys(BUDGETS),
+        "selected": _selected(built, plan),
+        "latency": {
+            "predicted_ms": None,
+            "measured_ms": shipped.latency.ms,
+            "ci95_ms": [shipped.latency.low_ms, shipped.latency.high_ms],
+            "provenance": shipped.latency.provenance,
+            "stable": shipped.latency.stable,
+            "samples": shipped.latency.samples,
+            "noise": shipped.noise,
+            "anchor": built.anchor,
+            "anchor_ms": shipped.anchor.ms,
+        },
+        "accuracy": _accuracies(built),
+        "donors": {donor.name: _donor(donor, built) for donor in context.zoo.donors},
+        "parity": asdict(shipped.parity),
+        "placement": shipped.placement,
+    }
+
+
+def _selected(built: Built, plan: Graph) -> dict[str, Any]:
+    assembly = built.stitched.assembly
+    costs = {op.name: {"params": op.params, "macs": op.macs} for op in plan.ops}
+    found: dict[str, Any] = {"assembly": str(assembly), "intact": assembly.intact, "blocks": [], "stitches": []}
+    for part in built.parts:
+        match part.spec:
+            case BlockRef():
+                found["blocks"].append({**asdict(part.spec), **costs[part.name]})
+            case Joint():
+                found["stitches"].append({**_stitch(part, built), **costs[part.name]})
+            case _:
+                found[part.kind] = {"kind": str(part.spec), "weights": weights_of(part, built), **costs[part.name]}
+    return {**found, "params": plan.params, "macs": plan.macs}
+
+
+def _stitch(part: Part, built: Built) -> dict[str, Any]:
+    residual = built.fitted.get(part.name)
+    return {
+        "before": int(part.name.removeprefix("stitch")),
+        **(asdict(part.spec) if isinstance(part.spec, Joint) else {}),
+        "source": stitching.describe(part.source),
+        "target": stitching.describe(part.target),
+        "weights": weights_of(part, built),
+        "residual": None if residual is None else round(residual, 6),
+    }
+
+
+def _donor(donor: Donor, built: Built) -> dict[str, Any]:
+    graph = built.context.lowered[donor.name].graph
+    return {
+        "factory": donor.factory,
+        "source": donor.source,
+        "licence": donor.licence,
+        "weights": _origin(donor),
+        "input_size": list(donor.input_size),
+        "sha256": donor.digest(),
+        "params": graph.params,
+        "macs": graph.macs,
+    }
+
+
+def _accuracies(built: Built) -> dict[str, Any]:
+    """Accuracies of the network as it is, without training; None without labels or with a fresh head."""
+    data = built.context.data
+    splits = {"validation": data.validation, "heldout": data.heldout}
+    return {name: _accuracy(built, split) for name, split in splits.items()}
+
+
+def _accuracy(built: Built, split: Split) -> float | None:
+    assembly, context = built.stitched.assembly, built.context
+    columns = columns_of(context.zoo[assembly.blocks[-1].donor].labels, context.data)
+    if split.labels is None or columns is None or assembly.head is not None:
+        return None
+    network = assemble(assembly, context.lowered, built.stitched.states)
+    right = correct(logits(network, split), split, columns)
+    return None if right is None else float(right.mean())
+
+
+def _files(built: Built) -> dict[str, bytes]:
+    emitted = built.emitted
+    plan = graph_of(built)
+    plan.verify()
+    weights = {name: torch.from_numpy(value.copy()) for name, value in emitted.weights.items()}
+    return {
+        "model.py": emitted.source.encode(),
+        "weights.safetensors": save(weights),
+        "model.onnx": emitted.onnx.tobytes(),
+        f"engine{built.context.engine.suffix}": built.shipped.engine.tobytes(),
+        "plan.txt": print_graph(plan).encode(),
+        "recipe.toml": Path(built.path).read_bytes(),
+        "reproduce.sh": _reproduce(built).encode(),
+    }
+
+
+def _reproduce(built: Built) -> str:
+    lines = [
+        "#!/bin/sh",
+        f"# Assembles this bundle again with derc {VERSION}, into the directory given (default: reproduced).",
+        f'{built.command} -o "${{1:-reproduced}}"',
+    ]
+    return "\n".join(lines) + "\n"
