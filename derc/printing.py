@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from derc import modules, stitching
+from derc import modules
 from derc.artifacts import Assembly, BlockRef
 from derc.donor import Donor
 from derc.lowered import Lowered
+from derc.parts import entry, parts
 from derc.text import type_text
 from derc.version import VERSION
 
@@ -88,27 +89,33 @@ def print_network(
     lowered: Mapping[str, Lowered],
     states: Iterable[Mapping[str, torch.Tensor]],
 ) -> Printed:
-    """The module text of an assembly with the given stitch weights; blocks that no stitch parts become one."""
+    """The module text of an assembly; `states` are those of what derc adds, in order.
+
+    Blocks that no stitch parts become one.
+    """
     assembly, plan = merged(assembly), str(assembly)
     remaining = list(states)
-    parts: list[str] = []
+    lines: list[str] = []
     steps: list[str] = []
     weights: dict[str, torch.Tensor] = {}
     printed: list[_Block] = []
-    for index, block in enumerate(assembly.blocks):
-        if index and assembly.stitched[index - 1]:
-            name = f"stitch{index}"
-            parts.append(f"        self.{name} = Stitch({_stitch_arguments(assembly, index, lowered)})")
-            steps.append(f"        x = self.{name}(x)")
-            weights |= {f"{name}.{key}": value for key, value in remaining.pop(0).items()}
-        text = _print_block(index, block, lowered[block.donor])
-        printed.append(text)
-        parts.append(f"        self.block{index} = Block{index}()")
-        steps.append(f"        x = self.block{index}(x)")
-        weights |= {f"block{index}.{key}": value for key, value in text.weights.items()}
+    added: list[str] = []
+    for part in parts(assembly, lowered):
+        if isinstance(part.spec, BlockRef):
+            text = _print_block(len(printed), part.spec, lowered[part.spec.donor])
+            printed.append(text)
+            call, state = f"Block{len(printed) - 1}()", text.weights
+        else:
+            kind, arguments = part.call
+            added.append(kind)
+            call = f"{kind}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+            state = dict(remaining.pop(0))
+        lines.append(f"        self.{part.name} = {call}")
+        steps.append(f"        x = self.{part.name}(x)")
+        weights |= {f"{part.name}.{key}": value for key, value in state.items()}
     used = [donors[name] for name in assembly.donors]
-    helpers = _helpers(assembly, printed)
-    channels, height, width = lowered[assembly.blocks[0].donor].cuts[0].type.shape
+    helpers = _helpers(added, printed)
+    channels, height, width = entry(assembly, lowered).shape
     source = TEMPLATE.format(
         title=f"A network assembled from {', '.join(assembly.donors)}.",
         version=VERSION,
@@ -117,12 +124,12 @@ def print_network(
         height=height,
         width=width,
         imports=_imports(printed, used, helpers),
-        head=_head(assembly, lowered[assembly.blocks[-1].donor], printed[-1]),
+        head="head.linear" if assembly.head else _head(assembly, lowered[assembly.blocks[-1].donor], printed[-1]),
         helpers=f"{helpers}\n\n\n" if helpers else "",
         donors="\n\n\n".join(_donor_function(donor) for donor in used),
         blocks="\n\n\n".join("\n".join(block.lines) for block in printed),
         plan=plan,
-        parts="\n".join(parts),
+        parts="\n".join(lines),
         steps="\n".join(steps),
     )
     return Printed(source, weights)
@@ -131,18 +138,15 @@ def print_network(
 def merged(assembly: Assembly) -> Assembly:
     """The same network with consecutive blocks of one donor as one block."""
     blocks = [assembly.blocks[0]]
-    for block, stitched in zip(assembly.blocks[1:], assembly.stitched, strict=True):
-        if stitched:
+    joints = [assembly.joint(0)]
+    for index, block in enumerate(assembly.blocks[1:], start=1):
+        joint = assembly.joint(index)
+        if joint:
             blocks.append(block)
+            joints.append(joint)
         else:
             blocks[-1] = replace(blocks[-1], last=block.last)
-    return Assembly(tuple(blocks))
-
-
-def _stitch_arguments(assembly: Assembly, index: int, lowered: Mapping[str, Lowered]) -> str:
-    before, after = assembly.blocks[index - 1], assembly.blocks[index]
-    source, target = lowered[before.donor].cuts[before.last].type, lowered[after.donor].cuts[after.first].type
-    return ", ".join(f"{name}={value!r}" for name, value in stitching.arguments(source, target).items())
+    return replace(assembly, blocks=tuple(blocks), joints=tuple(joints) if assembly.joints else ())
 
 
 def _function(name: str) -> str:
@@ -183,10 +187,10 @@ def _imports(blocks: list[_Block], donors: list[Donor], helpers: str) -> str:
     return "\n".join(sorted(lines, key=lambda line: (line.startswith("from"), line)))
 
 
-def _helpers(assembly: Assembly, blocks: list[_Block]) -> str:
-    normalises = any("Normalize(" in line for block in blocks for line in block.lines)
-    wanted = ([modules.Normalize] if normalises else []) + ([modules.Stitch] if any(assembly.stitched) else [])
-    return "\n\n".join(inspect.getsource(kind) for kind in wanted).rstrip()
+def _helpers(added: list[str], blocks: list[_Block]) -> str:
+    normalises = "Stem" in added or any("Normalize(" in line for block in blocks for line in block.lines)
+    wanted = (["Normalize"] if normalises else []) + list(dict.fromkeys(added))
+    return "\n\n".join(inspect.getsource(getattr(modules, name)) for name in wanted).rstrip()
 
 
 def _print_block(index: int, block: BlockRef, lowered: Lowered) -> _Block:
