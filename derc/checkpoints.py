@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,65 +16,172 @@ from derc.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CONTAINERS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model")
-PREFIXES = ("module.", "_orig_mod.", "backbone.")
+    State = Mapping[str, Tensor]
+
+EMA = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher")
+CONTAINERS = (*EMA, "state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "student")
+"""Where training scripts keep a state dict, the averaged weights first."""
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "net.",
+    "network.",
+    "backbone.",
+    "encoder.",
+    "base_encoder.",
+    "encoder_q.",
+)
+DEEPEST = 4
+"""How many prefixes a name may have before the network's own."""
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 CONVERT = "convert it with safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+HEADLESS = "for a backbone without its head give kwargs = { num_classes = 0 } (timm) or a class …Model (transformers)"
 
 
-def read_bytes(path: Path) -> bytes:
-    """The checkpoint's bytes; raises UsageError for a file that is missing, empty or cannot be read."""
-    _check_file(path)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds: a flat state dict, and `within` which containers it lay."""
+
+    path: Path
+    state: dict[str, Tensor]
+    within: tuple[str, ...] = ()
+
+    @property
+    def averaged(self) -> bool:
+        """Whether these are the averaged (EMA) weights of a training run."""
+        return any(name in EMA for name in self.within)
+
+    def __str__(self) -> str:
+        if not self.within:
+            return str(self.path)
+        return f"{self.path} ({'EMA weights, ' if self.averaged else ''}under {'.'.join(self.within)})"
 
 
-def _check_file(path: Path) -> None:
+def fingerprint(path: Path) -> str:
+    """SHA-256 of the checkpoint's bytes; raises UsageError for a file that is missing, empty or cannot be read."""
+    state = hashlib.sha256()
+    for file in weight_files(path):
+        try:
+            with file.open("rb") as stream:
+                state.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise UsageError(f"checkpoint {file} cannot be read: {error.strerror}") from error
+    return state.hexdigest()
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that a checkpoint consists of: itself, the shards of an index, or what a model's folder has of them.
+
+    Raises UsageError where one is missing or empty.
+    """
+    if path.is_dir():
+        inside = next((path / name for name in FILES if (path / name).is_file()), None)
+        if inside is None:
+            raise UsageError(f"checkpoint {path} is a folder without {' or '.join(FILES[:2])}: name the file")
+        return weight_files(inside)
     if not path.is_file():
         raise UsageError(f"checkpoint {path} does not exist or is not a file: check the path")
     if path.stat().st_size == 0:
         raise UsageError(f"checkpoint {path} is empty: download or copy it again")
+    if path.suffix != ".json":
+        return [path]
+    return [file for name in shard_names(path) for file in weight_files(path.parent / name)]
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in `path`, out of its container and without the prefixes that all its names share.
+def shard_names(index: Path) -> list[str]:
+    """The files that a shard index names, all beside it; raises UsageError for what is no such index."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        plain = all(Path(name).name == name and Path(name).suffix != ".json" for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"checkpoint {index} is no index of shards: download or copy it again") from error
+    if not names or not plain:
+        raise UsageError(f"checkpoint {index} does not name shards beside it: download or copy it again")
+    return names
+
+
+def load(path: Path) -> Checkpoint:
+    """The state dict in `path` (a file, a shard index or a model's folder), out of its containers.
 
     Raises UsageError for a file that is missing, truncated, no checkpoint, or holds pickled code, which is never run.
     """
-    _check_file(path)
-    loaded = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
-    state = _strip(_unwrap(loaded, path))
+    state: dict[str, Tensor] = {}
+    within: tuple[str, ...] = ()
+    for file in weight_files(path):
+        found, within = _unwrap(_load_safetensors(file) if _is_safetensors(file) else _load_torch(file), file)
+        state |= found
     _check_finite(state, path)
-    return state
+    return Checkpoint(path, state, within)
 
 
-def load_into(module: nn.Module, path: Path) -> None:
-    """Load the checkpoint `path` into `module` strictly.
+def load_into(
+    module: nn.Module,
+    path: Path,
+    drop: Iterable[str] = (),
+    rename: Callable[[State], State] = lambda state: state,
+) -> str:
+    """Load the checkpoint `path` into `module` strictly, and say what was taken where that is not plain.
 
-    Raises UsageError that names the first keys that are missing, unexpected or of another shape, and their counts.
+    Prefixes that wrappers put before the network's names are removed where the names then are the network's; else
+    `rename` may know them. Entries whose name begins with one of `drop` are left out. Raises UsageError that names the
+    first keys that are missing, unexpected or of another shape, and their counts; the module is then as it was.
     """
-    load_state_into(module, load_state(path), str(path))
-
-
-def load_state_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Load `state` into `module` strictly; `origin` is what an error calls the checkpoint."""
+    checkpoint = load(path)
     own = module.state_dict()
+    state = _fitting(own, checkpoint.state, tuple(drop))
+    if any(_problems(own, state)):
+        state = _fitting(own, rename(checkpoint.state), tuple(drop))
+    load_state_into(module, state, str(checkpoint))
+    left = len(checkpoint.state) - len(state)
+    remarks = [f"EMA weights ({'.'.join(checkpoint.within)})"] if checkpoint.averaged else []
+    remarks += [f"{left} of {len(checkpoint.state)} entries are not the network's and left out"] if left > 0 else []
+    return "; ".join(remarks)
+
+
+def _fitting(own: State, state: State, drop: tuple[str, ...]) -> State:
+    """What lies in `state` under a prefix that fits the network exactly, else under the one with fewest problems."""
+    tried = [_without(part, drop) for part in _under_prefixes(state, DEEPEST)]
+    return min(tried, key=lambda part: sum(map(len, _problems(own, part))))
+
+
+def _under_prefixes(state: State, depth: int) -> Iterator[State]:
+    """`state`, and what lies in it under each known prefix, without it."""
+    yield state
+    for prefix in PREFIXES if depth else ():
+        part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if part:
+            yield from _under_prefixes(part, depth - 1)
+
+
+def _without(state: State, drop: tuple[str, ...]) -> State:
+    return {name: value for name, value in state.items() if not name.startswith(drop)} if drop else state
+
+
+def _problems(own: State, state: State) -> tuple[list[str], list[str], list[str]]:
+    """Names that are missing, unexpected, and of another shape."""
     shapes = [
         f"{name} {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    clauses = [
-        _clause("missing", [name for name in own if name not in state]),
-        _clause("unexpected", [name for name in state if name not in own]),
-        _clause("of another shape", shapes),
-    ]
+    return [name for name in own if name not in state], [name for name in state if name not in own], shapes
+
+
+def load_state_into(module: nn.Module, state: State, origin: str) -> None:
+    """Load `state` into `module` strictly; `origin` is what an error calls the checkpoint."""
+    missing, unexpected, shapes = _problems(module.state_dict(), state)
+    clauses = [_clause("missing", missing), _clause("unexpected", unexpected), _clause("of another shape", shapes)]
     problems = "; ".join(clause for clause in clauses if clause)
     if problems:
-        raise UsageError(
-            f"checkpoint {origin} does not fit the network: {problems}; check the factory and its kwargs (num_classes)"
-        )
+        remedy = "check the factory and its kwargs (num_classes)"
+        if missing and not unexpected and not shapes:
+            remedy += f"; {HEADLESS}"
+        if unexpected and not missing and not shapes:
+            remedy += (
+                f"; leave out a head that the network has not with drop = [{unexpected[0].partition('.')[0] + '.'!r}]"
+            )
+        raise UsageError(f"checkpoint {origin} does not fit the network: {problems}; {remedy}")
     module.load_state_dict(state)
 
 
@@ -124,28 +234,31 @@ def _load_torch(path: Path) -> Any:
         raise UsageError(f"checkpoint {path} {reason}") from error
 
 
-def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The flat name → tensor mapping inside the usual containers of training scripts."""
+def _unwrap(loaded: Any, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The flat name → tensor mapping inside the usual containers of training scripts, and which these are."""
     from torch import Tensor
 
-    while isinstance(loaded, Mapping):
-        inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), None)
-        if inner is None:
-            break
-        loaded = inner
+    within: list[str] = []
+    while isinstance(loaded, Mapping) and (key := _container(loaded)):
+        within.append(key)
+        loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not loaded:
         raise UsageError(f"checkpoint {path} holds a {type(loaded).__name__}, not a state dict: {CONVERT}")
     strange = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
     if strange:
         raise UsageError(f"checkpoint {path} is not a state dict: {strange[0]!r} is no tensor; {CONVERT}")
-    return {str(key): value for key, value in loaded.items()}
+    return {str(key): value for key, value in loaded.items()}, tuple(within)
 
 
-def _strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name[len(prefix) :]: value for name, value in state.items()}
-    return state
+def _container(tree: Mapping[Any, Any]) -> str | None:
+    """The first of CONTAINERS in `tree` that leads to tensors."""
+    return next((key for key in CONTAINERS if isinstance(tree.get(key), Mapping) and _leads(tree[key])), None)
+
+
+def _leads(tree: Mapping[Any, Any]) -> bool:
+    from torch import Tensor
+
+    return any(isinstance(value, Tensor) for value in tree.values()) or _container(tree) is not None
 
 
 def _check_finite(state: Mapping[str, Tensor], path: Path) -> None:

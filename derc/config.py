@@ -25,6 +25,7 @@ class CompileSettings(BaseModel):
 
     zoo: str = "digits"
     checkpoint: Path | None = None
+    offline: bool = False
     data: str = "digits"
     target: str = "cpu"
     latency_ms: float | None = None
@@ -59,7 +60,7 @@ class CompileSettings(BaseModel):
     @property
     def lacks_data(self) -> bool:
         """Whether no images were named for a zoo of one's own."""
-        own = self.zoo.startswith("timm:") or Path(self.zoo).suffix == ".toml"
+        own = ":" in self.zoo or Path(self.zoo).suffix == ".toml"
         return own and "data" in self.defaulted
 
     @property
@@ -138,10 +139,13 @@ TEMPLATE = """\
 # Settings of `derc compile` in this folder. A flag wins over the environment (DERC_LATENCY_MS=5), which wins over this.
 # Take the # away to set one; what stands there is the default, or an example where there is none.
 
-# What to assemble from: digits (embedded), timm:NAME[,NAME...] or a TOML file with [[donor]] tables.
+# What to assemble from: digits (embedded), timm:NAME[,NAME...], torchvision:..., transformers:..., or a TOML file with
+# [[donor]] tables.
 # zoo = "digits"
-# Weights of a single timm network, where the hub is out of reach.
+# Weights of a single library's network, where the hub is out of reach.
 # checkpoint = "weights.safetensors"
+# Take published weights from the local hub caches alone, without touching the network.
+# offline = false
 # Images: digits (embedded), folder:PATH or npz:PATH.
 # data = "digits"
 # The device to run on.

@@ -8,29 +8,37 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from derc import hub, huggingface
 from derc.artifacts import digest
-from derc.checkpoints import load_into, load_state_into, read_bytes
-from derc.errors import MissingDependencyError, UsageError
+from derc.checkpoints import fingerprint, load_into, load_state_into
+from derc.errors import DercError, UsageError
 from derc.factories import first_line, make, source_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+NOT_IN_DIGEST = ("kwargs", "weights", "drop", "folder", "offline")
+
+
 @dataclass(frozen=True)
 class Donor:
-    """A pretrained network; `factory` is ``timm:NAME`` or ``package.module:function``, called with `kwargs`.
+    """A pretrained network; `factory` is one of a library, ``timm:NAME``, or ``package.module:function``.
 
-    `input_size` is (C, H, W); images in [0, 1] are normalised with `mean` and `std` per channel. `labels` are the class
-    names in output order, None where unknown. `pretrained` takes timm's hub weights. `folder` is where the user's
-    package may lie. Without weights the network is what its factory makes under a fixed seed.
+    The factory is called with `kwargs`. `input_size` is (C, H, W); images in [0, 1] are normalised with `mean` and
+    `std` per channel. `labels` are the class names in output order, None where unknown. `weights` is a checkpoint,
+    whose entries that begin with one of `drop` are left out. `pretrained` takes the weights that the library
+    publishes, for transformers those of the hub's `repository`; where `offline`, from the local cache alone. `folder`
+    is where the user's package may lie. Without weights the network is what its factory makes under a fixed seed.
     """
 
     name: str
     factory: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     weights: Path | None = None
+    drop: tuple[str, ...] = ()
     pretrained: bool = False
+    repository: str = ""
     input_size: tuple[int, int, int] = (3, 32, 32)
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -38,24 +46,35 @@ class Donor:
     licence: str = "unknown"
     source: str = ""
     folder: Path | None = None
+    offline: bool = False
 
     def build(self) -> nn.Module:
         """A fresh copy in eval mode, float32, with its weights.
 
-        Raises UsageError where factory or weights are wrong, MissingDependencyError where timm's hub cannot be reached.
+        Raises UsageError where factory or weights are wrong, MissingDependencyError where the hub cannot be reached.
         """
-        module = make(self.name, self.factory, self.kwargs, self.folder)
-        if self.weights is not None:
-            load_into(module, self.weights)
-        elif self.pretrained:
-            load_state_into(module, self._hub_state, self.source or self.factory)
-        return module.float().eval()
+        return self._built()[0]
 
-    def check(self) -> None:
-        """Raise UsageError unless the network takes its input size and gives one logit per label."""
+    def _built(self) -> tuple[nn.Module, str]:
+        """The network, and what is to be said of its weights."""
+        module, remark = make(self.name, self.factory, self.kwargs, self.folder), ""
+        try:
+            if self.weights is not None:
+                remark = load_into(module, self.weights, self.drop, self._rename)
+            elif self.pretrained:
+                load_state_into(module, self._hub_state, self.source or self.factory)
+        except DercError as error:
+            raise type(error)(f"donor {self.name}: {error}") from error
+        return module.float().eval(), remark
+
+    def check(self) -> str:
+        """Build and run it once; returns what is to be said of its weights.
+
+        Raises UsageError unless the network takes its input size and gives one logit per label.
+        """
         import torch
 
-        module = self.build()
+        module, remark = self._built()
         try:
             with torch.no_grad():
                 output = module(torch.zeros(1, *self.input_size))
@@ -70,6 +89,7 @@ class Donor:
             )
         if self.labels is not None and len(self.labels) != output.shape[1]:
             raise UsageError(f"donor {self.name} has {output.shape[1]} outputs but {len(self.labels)} labels")
+        return remark
 
     def digest(self) -> str:
         """SHA-256 of all fields, with a file's bytes in place of its path, and of the factory's source."""
@@ -77,22 +97,32 @@ class Donor:
 
     @cached_property
     def _digest(self) -> str:
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kwargs", "weights", "folder")}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_IN_DIGEST}
         if self.weights is not None:
-            return digest(plain, dict(self.kwargs), read_bytes(self.weights), source_bytes(self.factory))
+            return digest(
+                plain, dict(self.kwargs), list(self.drop), fingerprint(self.weights), source_bytes(self.factory)
+            )
         state = {name: value.numpy() for name, value in self.build().state_dict().items()}
         return digest(plain, dict(self.kwargs), state, source_bytes(self.factory))
 
-    @cached_property
-    def _hub_state(self) -> dict[str, Tensor]:
-        import timm
+    @property
+    def _library(self) -> tuple[str, str]:
+        library, _, name = self.factory.partition(":")
+        return library, name
 
-        name = self.factory.removeprefix("timm:")
-        try:
-            module: nn.Module = timm.create_model(name, pretrained=True, **self.kwargs)
-        except Exception as error:  # hub clients raise errors of several libraries
-            raise MissingDependencyError(
-                f"the pretrained weights of {name} cannot be had ({first_line(error)}): connect to the hub, or give "
-                "the weights as a file with --checkpoint (in a zoo file: weights)"
-            ) from error
-        return dict(module.state_dict())
+    def _rename(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`state` under the names of this library's version."""
+        library, name = self._library
+        return huggingface.renamed(name, self.kwargs, state) if library == "transformers" else state
+
+    @cached_property
+    def _hub_state(self) -> Mapping[str, Tensor]:
+        library, name = self._library
+        match library:
+            case "timm":
+                return hub.timm_state(name, self.kwargs, self.offline)
+            case "torchvision":
+                return hub.torchvision_state(name, self.offline)
+            case "transformers":
+                return self._rename(hub.repository_state(self.repository, self.offline))
+        raise UsageError(f"nobody publishes weights of {self.factory}: give them as a file")

@@ -81,7 +81,8 @@ def source(factory: str, kwargs: Mapping[str, Any]) -> tuple[str, str]:
         case "timm":
             return "import timm", f"timm.create_model({', '.join([repr(name), 'pretrained=False', *arguments])})"
         case "torchvision":
-            call = ", ".join([repr(architecture(name)), "weights=None", *arguments])
+            quiet = [f"{key}={value!r}" for key, value in _unwarned(name, kwargs).items()]
+            call = ", ".join([repr(architecture(name)), "weights=None", *quiet, *arguments])
             return "import torchvision", f"torchvision.models.get_model({call})"
         case "transformers":
             return "import transformers", huggingface.source(name, kwargs)
@@ -129,9 +130,15 @@ def _torchvision(name: str) -> Callable[..., Any]:
         raise UsageError(f"torchvision has no classifier {architecture(name)!r}{suggest(architecture(name), known)}")
 
     def create(**kwargs: Any) -> Any:
-        return models.get_model(architecture(name), weights=None, **kwargs)
+        return models.get_model(architecture(name), weights=None, **_unwarned(name, kwargs), **kwargs)
 
     return create
+
+
+def _unwarned(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What keeps torchvision from a slow initialisation and a warning about it."""
+    slow = architecture(name) in ("googlenet", "inception_v3") and "init_weights" not in kwargs
+    return {"init_weights": False} if slow else {}
 
 
 LIBRARIES: dict[str, Callable[[str], Callable[..., Any]]] = {

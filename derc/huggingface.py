@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ def find(name: str) -> Callable[..., Any]:
     kind = network_class(name)
 
     def create(**kwargs: Any) -> Any:
-        return tensor_form(kind)(config_of(kind, kwargs))
+        fields, arguments = _split(kind, kwargs)
+        return tensor_form(kind)(config_of(kind, fields), **arguments)
 
     return create
 
@@ -50,6 +52,13 @@ def library() -> Any:
     except ImportError as error:
         raise MissingDependencyError('transformers is not installed: pip install "derc[hf]"') from error
     return transformers
+
+
+def _split(kind: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the config, and arguments of the class itself such as `add_pooling_layer`."""
+    own = set(inspect.signature(kind.__init__).parameters) - {"self", "config"}
+    fields = {key: value for key, value in kwargs.items() if key not in own}
+    return fields, {key: value for key, value in kwargs.items() if key in own}
 
 
 def config_of(kind: Any, fields: Mapping[str, Any]) -> Any:
@@ -84,10 +93,33 @@ def single(output: Any) -> Tensor:
     return hidden.mean((2, 3)) if hidden.dim() == 4 else hidden.mean(1)
 
 
-def source(name: str, fields: Mapping[str, Any]) -> str:
+def source(name: str, kwargs: Mapping[str, Any]) -> str:
     """The expression that builds the network, given `import transformers`."""
-    arguments = ", ".join(f"{key}={value!r}" for key, value in fields.items())
-    return f"transformers.{name}(transformers.{network_class(name).config_class.__name__}({arguments}))"
+    kind = network_class(name)
+    fields, arguments = ([f"{key}={value!r}" for key, value in part.items()] for part in _split(kind, kwargs))
+    config = f"transformers.{kind.config_class.__name__}({', '.join(fields)})"
+    return f"transformers.{name}({', '.join([config, *arguments])})"
+
+
+def renamed(name: str, kwargs: Mapping[str, Any], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state` under the names of this version of transformers, by its own rules for older checkpoints."""
+    import torch
+
+    kind = network_class(name)
+    fields, arguments = _split(kind, kwargs)
+    with quiet():
+        module, told = kind.from_pretrained(
+            None,
+            config=config_of(kind, fields),
+            state_dict=dict(state),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            **arguments,
+        )
+    other = {entry[0]: torch.empty(entry[1], device="meta") for entry in told["mismatched_keys"]}
+    known = {key: value for key, value in module.state_dict().items() if key not in told["missing_keys"]}
+    return known | other | {key: state[key] for key in told["unexpected_keys"] if key in state}
 
 
 @contextmanager

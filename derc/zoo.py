@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from derc.donor import Donor
-from derc.errors import MissingDependencyError, UsageError, suggest
+from derc.errors import UsageError, suggest
+from derc.factories import LIBRARIES
 
 DIGITS = Path(__file__).parent / "digits" / "zoo.toml"
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -39,40 +40,40 @@ class Zoo:
         *,
         checkpoint: Path | None = None,
         offline: bool = False,
-        check: Callable[[Donor], None] = Donor.check,
+        check: Callable[[Donor], object] = Donor.check,
     ) -> Zoo:
-        """The zoo `digits`, ``timm:NAME[,NAME…]`` or a TOML file; `check` builds every donor and runs it once.
+        """The zoo `digits`, a library's networks, ``timm:NAME[,NAME…]``, or a TOML file.
 
-        `checkpoint` holds the weights of a single timm network; `offline` refuses donors that need the hub.
-        Raises UsageError, and MissingDependencyError where the hub cannot be reached.
+        `check` builds every donor and runs it once. `checkpoint` holds the weights of a single library's network;
+        where `offline`, published weights come from the local hub caches alone. Raises UsageError, and
+        MissingDependencyError where published weights cannot be had.
         """
-        from derc.zoofile import read_toml, timm_donor
-
-        if checkpoint is not None and (not spec.startswith("timm:") or "," in spec):
-            raise UsageError(f"--checkpoint goes with one timm network, --zoo timm:NAME, not with --zoo {spec}")
-        if spec == "digits":
-            zoo = cls("digits", read_toml(DIGITS))
-        elif spec.startswith("timm:"):
-            names = [name.strip() for name in spec.removeprefix("timm:").split(",")]
-            zoo = cls(spec, tuple(timm_donor(name, checkpoint) for name in names))
-        else:
-            path = _existing(spec)
-            zoo = cls(path.stem, read_toml(path))
-        zoo.check(offline=offline, check=check)
+        zoo = cls(*_donors(spec, checkpoint, offline))
+        zoo.check(check=check)
         return zoo
 
-    def check(self, *, offline: bool = False, check: Callable[[Donor], None] = Donor.check) -> None:
+    def check(self, *, check: Callable[[Donor], object] = Donor.check) -> None:
         """Raise UsageError unless names are valid and distinct and every donor runs at its input size."""
         for number, donor in enumerate(self.donors):
             if not NAME.fullmatch(donor.name):
                 raise UsageError(f"donor name {donor.name!r} may only have letters, digits and the characters _ . -")
             if donor.name in self.names[:number]:
                 raise UsageError(f"zoo {self.name} has two donors called {donor.name!r}: names must be distinct")
-            if offline and donor.pretrained:
-                raise MissingDependencyError(
-                    f"donor {donor.name} needs the hub and this run is offline: give a file with --checkpoint"
-                )
             check(donor)
+
+
+def _donors(spec: str, checkpoint: Path | None, offline: bool) -> tuple[str, tuple[Donor, ...]]:
+    """Name and donors of the zoo that `spec` names."""
+    from derc.zoofile import library_donor, read_toml
+
+    library, _, names = spec.partition(":")
+    if checkpoint is not None and (library not in LIBRARIES or "," in names):
+        raise UsageError(f"--checkpoint goes with one network of a library, --zoo timm:NAME, not with --zoo {spec}")
+    if library in LIBRARIES:
+        factories = [f"{library}:{name.strip()}" for name in names.split(",")]
+        return spec, tuple(library_donor(factory, checkpoint, offline) for factory in factories)
+    path = DIGITS if spec == "digits" else _existing(spec)
+    return "digits" if spec == "digits" else path.stem, read_toml(path, offline)
 
 
 def _existing(spec: str) -> Path:
@@ -82,4 +83,7 @@ def _existing(spec: str) -> Path:
         return path
     if path.suffix == ".toml" or path.name != spec:
         raise UsageError(f"zoo file {spec} does not exist or is not a file")
-    raise UsageError(f"unknown zoo {spec!r}: give digits, timm:NAME[,NAME…] or a TOML file{suggest(spec, ['digits'])}")
+    raise UsageError(
+        f"unknown zoo {spec!r}: give digits, timm:NAME[,NAME…], torchvision:…, transformers:… or a TOML file"
+        f"{suggest(spec, ['digits'])}"
+    )

@@ -1,16 +1,16 @@
-"""Reading a zoo: a TOML file with one ``[[donor]]`` table each, or names of timm networks."""
+"""Reading a zoo: a TOML file with one ``[[donor]]`` table each, or names of a library's networks."""
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from derc.donor import Donor
-from derc.errors import UsageError, suggest
+from derc.errors import DercError, UsageError, suggest
+from derc.known import Known, is_stored, known
 
 
 class DonorTable(BaseModel):
@@ -22,6 +22,7 @@ class DonorTable(BaseModel):
     factory: str
     kwargs: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
+    drop: list[str] = Field(default_factory=list)
     pretrained: bool = False
     input_size: list[int] | None = None
     mean: list[float] | None = None
@@ -30,36 +31,54 @@ class DonorTable(BaseModel):
     licence: str = "unknown"
     source: str = ""
 
-    def donor(self, folder: Path) -> Donor:
+    def donor(self, folder: Path, offline: bool = False) -> Donor:
         """The donor, its paths relative to `folder`; raises UsageError where fields do not fit together."""
         if self.weights is not None and self.pretrained:
             raise UsageError(f"donor {self.name} has both weights and pretrained = true: give one of them")
-        if self.pretrained and not self.factory.startswith("timm:"):
-            raise UsageError(f"donor {self.name}: pretrained = true is for timm:NAME; give weights for {self.factory}")
-        known = timm_config(self.factory.removeprefix("timm:")) if self.pretrained else {}
-        size = list(known.get("input_size", ())) if self.input_size is None else self.input_size
+        if self.drop and self.weights is None:
+            raise UsageError(f"donor {self.name}: drop leaves out entries of a checkpoint, and weights names none")
+        said = self._said(folder, offline)
+        size = list(said.input_size or ()) if self.input_size is None else self.input_size
         if len(size) != 3 or min(size) < 1:
             raise UsageError(f"donor {self.name}: input_size must be three positive integers [C, H, W], not {size}")
-        mean, std = self._normalisation(known, size[0])
+        mean, std = self._normalisation(said, size[0])
+        own = "num_classes" in self.kwargs or "num_labels" in self.kwargs
+        labels = said.labels if self.labels is None and not own else read_labels(self.labels, folder, self.name)
         return Donor(
             name=self.name,
-            factory=self.factory,
-            kwargs=self.kwargs,
-            weights=None if self.weights is None else folder / self.weights,
-            pretrained=self.pretrained,
+            factory=said.factory,
+            kwargs={**said.kwargs, **self.kwargs},
+            weights=said.weights if self.weights is None else folder / self.weights,
+            drop=tuple(self.drop),
+            pretrained=self.pretrained or (bool(said.repository) and self.weights is None),
+            repository=said.repository,
             input_size=(size[0], size[1], size[2]),
             mean=mean,
             std=std,
-            labels=read_labels(self.labels, folder, self.name),
-            licence=self.licence,
-            source=self.source,
+            labels=labels,
+            licence=said.licence if self.licence == "unknown" else self.licence,
+            source=self.source or (said.source if self.weights is None else ""),
             folder=folder,
+            offline=offline,
         )
 
-    def _normalisation(self, known: dict[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation per channel: the file's, else timm's for pretrained weights, else none."""
-        mean = tuple(self.mean if self.mean is not None else known.get("mean", (0.0,) * channels))
-        std = tuple(self.std if self.std is not None else known.get("std", (1.0,) * channels))
+    def _said(self, folder: Path, offline: bool) -> Known:
+        """What the library says, asked only where its weights are taken: other weights may want other images."""
+        if not (self.pretrained or is_stored(self.factory)):
+            return Known(self.factory)
+        try:
+            return known(self.factory, folder, offline)
+        except DercError as error:
+            raise type(error)(f"donor {self.name}: {error}") from error
+
+    def _normalisation(self, said: Known, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation per channel: the file's, else the library's for its weights, else none."""
+        if is_stored(self.factory) and said.mean is None and self.mean is None:
+            raise UsageError(
+                f"donor {self.name}: {self.factory} does not say how images are normalised: give mean, std"
+            )
+        mean = tuple((0.0,) * channels if said.mean is None else said.mean) if self.mean is None else tuple(self.mean)
+        std = tuple((1.0,) * channels if said.std is None else said.std) if self.std is None else tuple(self.std)
         if len(mean) != channels or len(std) != channels or not min(std) > 0:
             raise UsageError(f"donor {self.name}: mean and std need {channels} numbers each, those of std positive")
         return mean, std
@@ -94,7 +113,7 @@ def read_text(path: Path, what: str) -> str:
         raise UsageError(f"{what} {path} is not UTF-8 text") from error
 
 
-def read_toml(path: Path) -> tuple[Donor, ...]:
+def read_toml(path: Path, offline: bool = False) -> tuple[Donor, ...]:
     """The donors of a zoo file; raises UsageError that says where it is wrong."""
     try:
         tree = tomllib.loads(read_text(path, "zoo file"))
@@ -107,7 +126,7 @@ def read_toml(path: Path) -> tuple[Donor, ...]:
     tables = tree.get("donor", [])
     if not isinstance(tables, list) or not tables:
         raise UsageError(f"zoo file {path} has no donors: write a [[donor]] table for each network")
-    return tuple(_table(table, path).donor(path.resolve().parent) for table in tables)
+    return tuple(_table(table, path).donor(path.resolve().parent, offline) for table in tables)
 
 
 def _table(table: dict[str, Any], path: Path) -> DonorTable:
@@ -124,50 +143,27 @@ def _table(table: dict[str, Any], path: Path) -> DonorTable:
         raise UsageError(f"{where}: {key}: {first['msg']}") from error
 
 
-def timm_config(name: str) -> dict[str, Any]:
-    """What timm knows of the pretrained weights of `name`; raises UsageError for an unknown network or tag."""
-    import timm
-
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise UsageError(f"timm has no network {architecture!r}{suggest(architecture, timm.list_models())}")
-    tags = [full.partition(".")[2] for full in timm.list_models(f"{architecture}.*", pretrained=True)]
-    if tag and tag not in tags:
-        raise UsageError(f"timm has no weights {tag!r} of {architecture}, known: {tags}{suggest(tag, tags)}")
-    config = timm.get_pretrained_cfg(name)
-    if config is None:
-        raise UsageError(f"timm knows no input size of {name}: name it in a zoo file with its input_size and weights")
-    return asdict(config)
-
-
-def timm_donor(name: str, checkpoint: Path | None) -> Donor:
-    """A timm network with its hub weights, or with those of the file `checkpoint`."""
-    config = timm_config(name)
-    origin = config.get("hf_hub_id") or config.get("url")
-    if checkpoint is None and not origin:
-        raise UsageError(f"timm has no pretrained weights of {name}: give a file with --checkpoint")
-    channels, height, width = config["input_size"]
+def library_donor(factory: str, checkpoint: Path | None, offline: bool) -> Donor:
+    """A library's network with the weights that it publishes, or with those of the file `checkpoint`."""
+    said = known(factory, Path.cwd(), offline)
+    if checkpoint is None and not said.source:
+        raise UsageError(f"there are no pretrained weights of {factory}: give a file with --checkpoint")
+    if said.input_size is None or said.mean is None or said.std is None:
+        raise UsageError(
+            f"{factory} does not say what images it takes: name it in a zoo file with input_size, mean, std"
+        )
     return Donor(
-        name=name,
-        factory=f"timm:{name}",
-        kwargs={},
-        weights=checkpoint,
-        pretrained=checkpoint is None,
-        input_size=(channels, height, width),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        labels=_timm_labels(config),
-        licence=config.get("license") or "unknown",
-        source=checkpoint.name if checkpoint else str(origin),
+        name=factory.partition(":")[2].strip("./").replace("/", "-"),
+        factory=said.factory,
+        kwargs=said.kwargs,
+        weights=checkpoint or said.weights,
+        pretrained=checkpoint is None and said.weights is None,
+        repository=said.repository,
+        input_size=said.input_size,
+        mean=said.mean,
+        std=said.std,
+        labels=said.labels,
+        licence=said.licence,
+        source=checkpoint.name if checkpoint else said.source,
+        offline=offline,
     )
-
-
-def _timm_labels(config: dict[str, Any]) -> tuple[str, ...] | None:
-    """WordNet ids where the head is one of ImageNet's label sets, else the indices; None for a headless network."""
-    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-
-    subset = infer_imagenet_subset(config)
-    if subset:
-        info: Any = ImageNetInfo(subset)
-        return tuple(info.label_names())
-    return tuple(str(index) for index in range(config["num_classes"])) or None

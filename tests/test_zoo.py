@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from derc.donor import Donor
 from derc.errors import DercError, MissingDependencyError, UsageError
 from derc.zoo import Zoo
 
@@ -96,7 +95,8 @@ def test_user_factory_is_imported_from_the_zoo_files_folder(nets):
         (user("linear", 'labels = ["x", "x"]'), ("distinct",)),
         (user("linear", "labels = -1"), ("labels",)),
         (user("linear", 'labels = "none.txt"'), ("none.txt", "cannot be read")),
-        (user("linear", "pretrained = true"), ("pretrained",)),
+        (user("linear", "pretrained = true"), ("donor u", "nobody publishes weights", "as a file")),
+        (user("linear", 'drop = ["fc."]'), ("drop", "weights names none")),
         (user("linear", 'weights = "none.pt"'), ("none.pt", "does not exist")),
         (user("linear", "std = [1, 0, 1]"), ("std", "positive")),
         (user("linear", "mean = [1]"), ("mean and std need 3",)),
@@ -198,19 +198,7 @@ def test_bad_timm(tmp_path):
     refused("timm:resnet81", "no network 'resnet81'", "did you mean")
     refused("timm:resnet18.nope", "no weights 'nope'", "a1_in1k")
     refused("timm:", "no network ''")
-    refused("timm:resnet18,resnet34", "--checkpoint", "one timm network", checkpoint=tmp_path / "w.pt")
+    refused("timm:resnet18,resnet34", "--checkpoint", "one network of a library", checkpoint=tmp_path / "w.pt")
     refused("digits", "--checkpoint", checkpoint=tmp_path / "w.pt")
     refused("timm:test_resnet", "does not exist", checkpoint=tmp_path / "w.pt")
     refused("timm:resnet18", "offline", "--checkpoint", kind=MissingDependencyError, offline=True)
-
-
-def test_an_unreachable_hub_is_a_missing_dependency(monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("no route to host")
-
-    donor = Donor("d", "timm:test_resnet", pretrained=True, input_size=(3, 160, 160))
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **kw: fail() if kw.get("pretrained") else create(name, **kw))
-    with pytest.raises(MissingDependencyError, match=r"no route to host.*--checkpoint") as caught:
-        donor.build()
-    assert caught.value.exit_code == 5
