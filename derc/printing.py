@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from derc import modules
+from derc import factories, modules
 from derc.artifacts import Assembly, BlockRef
 from derc.donor import Donor
 from derc.lowered import Lowered
@@ -158,12 +158,7 @@ def _library(donor: Donor) -> str:
 
 
 def _donor_function(donor: Donor) -> str:
-    library, _, name = donor.factory.partition(":")
-    arguments = [f"{key}={value!r}" for key, value in donor.kwargs.items()]
-    if library == "timm":
-        call = f"timm.create_model({', '.join([repr(name), 'pretrained=False', *arguments])})"
-    else:
-        call = f"{_alias(donor)}({', '.join(arguments)})"
+    _, call = factories.source(donor.factory, donor.kwargs)
     licence = f"{donor.source}; " if donor.source else ""
     return (
         f"def {_function(donor.name)}() -> nn.Module:\n"
@@ -172,15 +167,9 @@ def _donor_function(donor: Donor) -> str:
     )
 
 
-def _alias(donor: Donor) -> str:
-    return re.sub(r"\W", "_", donor.factory)
-
-
 def _imports(blocks: list[_Block], donors: list[Donor], helpers: str) -> str:
     lines = {line for block in blocks for line in block.imports}
-    for donor in donors:
-        library, _, name = donor.factory.partition(":")
-        lines.add("import timm" if library == "timm" else f"from {library} import {name} as {_alias(donor)}")
+    lines |= {factories.source(donor.factory, donor.kwargs)[0] for donor in donors}
     lines |= {"import torch", "from torch import nn", "from safetensors.torch import load_file"}
     if "F." in helpers:
         lines.add("import torch.nn.functional as F")
