@@ -90,21 +90,26 @@ def manifest_of(built: Built) -> dict[str, Any]:
         "input": {"shape": list(built.parts[0].source.shape), "range": [0, 1]},
         "budget": dict.fromkeys(BUDGETS),
         "selected": _selected(built, plan),
-        "latency": {
-            "predicted_ms": None,
-            "measured_ms": shipped.latency.ms,
-            "ci95_ms": [shipped.latency.low_ms, shipped.latency.high_ms],
-            "provenance": shipped.latency.provenance,
-            "stable": shipped.latency.stable,
-            "samples": shipped.latency.samples,
-            "noise": shipped.noise,
-            "anchor": built.anchor,
-            "anchor_ms": shipped.anchor.ms,
-        },
+        "latency": _latency(built),
         "accuracy": _accuracies(built),
         "donors": {donor.name: _donor(donor, built) for donor in context.zoo.donors},
         "parity": asdict(shipped.parity),
         "placement": shipped.placement,
+    }
+
+
+def _latency(built: Built) -> dict[str, Any]:
+    shipped = built.shipped
+    return {
+        "predicted_ms": None,
+        "measured_ms": shipped.latency.ms,
+        "ci95_ms": [shipped.latency.low_ms, shipped.latency.high_ms],
+        "provenance": shipped.latency.provenance,
+        "stable": shipped.latency.stable,
+        "samples": shipped.latency.samples,
+        "noise": shipped.noise,
+        "anchor": built.anchor,
+        "anchor_ms": shipped.anchor.ms,
     }
 
 
