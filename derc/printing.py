@@ -17,6 +17,7 @@ from derc.donor import Donor
 from derc.lowered import Lowered
 from derc.parts import entry, parts
 from derc.text import type_text
+from derc.tracing import MODE
 from derc.version import VERSION
 
 TEMPLATE = '''"""{title}
@@ -188,7 +189,7 @@ def _print_block(index: int, block: BlockRef, lowered: Lowered) -> _Block:
     text = _Block()
     taken: list[str] = []
     for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
+        if node.op in ("call_module", "get_attr") and node.target != MODE:
             target = str(node.target)
             if target not in text.attributes:
                 text.attributes[target] = re.sub(r"\W", "_", target).removeprefix("_")

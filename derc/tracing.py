@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import operator
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, wraps
+from types import CodeType
 from typing import Any
 
 import torch
@@ -17,12 +21,21 @@ from derc.errors import UsageError
 
 BATCHES = (2, 3)
 """What is equal at both batch sizes is a constant; what differs depends on the batch size."""
+MODE = "training"
+"""The attribute that every module has and graphs may read: whether it is in training mode."""
 Pair = tuple[Any, Any]
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a value is plain: numbers, types and devices, or sequences of them, such as the size of a map."""
+    if isinstance(value, (tuple, list)):
+        return all(is_constant(item) for item in value)
+    return isinstance(value, (int, float, torch.dtype, torch.device))
 
 
 def is_count(node: fx.Node) -> bool:
     """Whether the node is a whole number that depends on the batch size."""
-    return isinstance(node.meta.get("pair", (None,))[0], int)
+    return type(node.meta.get("pair", (None,))[0]) is int
 
 
 def is_batched(node: fx.Node) -> bool:
@@ -108,6 +121,93 @@ class ShapedProxy(fx.Proxy):
         return self._number()
 
 
+class ModeBranchError(Exception):
+    """A module of type `owner` branches on `self.training`."""
+
+    def __init__(self, owner: type) -> None:
+        super().__init__(owner.__name__)
+        self.owner = owner
+
+
+@dataclass
+class Mode:
+    """What `self.training` is while tracing: an argument for dropout and its like, but no branch may hang on it.
+
+    `binding` is False where eval mode's branch is taken for good; `asked` tells whether one was.
+    """
+
+    owner: type
+    binding: bool = True
+    asked: bool = False
+
+    def __bool__(self) -> bool:
+        if self.binding:
+            raise ModeBranchError(self.owner)
+        self.asked = True
+        return False
+
+
+def reads_others_mode(kind: type) -> bool:
+    """Whether the code of a module type reads `training` of anything but self, which tracing would freeze."""
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, function in vars(owner).items():
+            code = getattr(_written(function), "__code__", None)
+            if code is not None and name not in ("__init__", "train", "eval") and _reads_others_mode(code):
+                return True
+    return False
+
+
+@cache
+def _reads_others_mode(code: CodeType) -> bool:
+    before = None
+    for instruction in dis.get_instructions(code):
+        reads = instruction.opname == "LOAD_ATTR" and instruction.argval == "training"
+        if reads and (before is None or before.argval != "self"):
+            return True
+        before = instruction
+    return False
+
+
+def _written(function: Any) -> Any:
+    """The function inside transformers' decorators, which ask for `self.training` only to checkpoint gradients."""
+    while getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers."):
+        if not hasattr(function, "__wrapped__"):
+            break
+        function = function.__wrapped__
+    return function
+
+
+@contextmanager
+def sizes_in_lists() -> Iterator[None]:
+    """Inside, ``x.expand(n, 3)`` is ``x.expand((n, 3))``: only there does torch take a proxy for a size."""
+    methods = ("expand", "view", "reshape", "repeat", "tile", "new_zeros")
+    places: list[tuple[Any, str, int]] = [(torch.Tensor, name, 1) for name in methods]
+    places += [(torch, name, 0) for name in ("zeros", "ones", "empty", "rand", "randn")]
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
+    for owner, name, receivers in places:
+        setattr(owner, name, _in_list(getattr(owner, name), receivers))
+    try:
+        yield
+    finally:
+        for owner, name, function in before:
+            if function is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, function)
+
+
+def _in_list(function: Any, receivers: int) -> Any:
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        sizes = args[receivers:]
+        known = not any(isinstance(receiver, fx.Proxy) for receiver in args[:receivers])
+        if known and any(isinstance(size, fx.Proxy) for size in sizes):
+            return function(*args[:receivers], sizes, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Record:
     """A submodule call with one tensor in and one tensor out."""
@@ -124,13 +224,17 @@ class _Frame:
 
 
 class ShapeTracer(fx.Tracer):
-    """Traces a module for images of one shape; what tracing would change in training stays whole."""
+    """Traces a module for images of one shape; modules of the types in `whole` are not looked into.
 
-    def __init__(self, input_shape: tuple[int, int, int]) -> None:
+    Where the network itself is in `whole`, its branches on `self.training` are those of eval mode.
+    """
+
+    def __init__(self, input_shape: tuple[int, int, int], whole: frozenset[type] = frozenset()) -> None:
         from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 
         super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=False)
         self.leaves = tuple(get_notrace_modules())
+        self.whole = whole
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake:
             self.images = tuple(torch.empty(batch, *input_shape) for batch in BATCHES)
@@ -143,11 +247,27 @@ class ShapeTracer(fx.Tracer):
         return ShapedProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """torch's modules, timm's opaque ones, modules without children, and those that read `self.training`."""
+        """torch's modules, timm's opaque ones, modules without children, and those of the types in `whole`."""
         if isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             return False
         childless = next(m.children(), None) is None
-        return super().is_leaf_module(m, module_qualified_name) or isinstance(m, self.leaves) or childless or _trains(m)
+        opaque = isinstance(m, self.leaves) or type(m) in self.whole or reads_others_mode(type(m))
+        return super().is_leaf_module(m, module_qualified_name) or childless or opaque
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        self._hide_mode(root, root=True)
+        with sizes_in_lists():
+            return super().trace(root, concrete_args)
+
+    def _hide_mode(self, module: nn.Module, *, root: bool = False) -> None:
+        """Put a Mode in the place of `training` wherever the tracer looks into a module."""
+        if root or not self.is_leaf_module(module, ""):
+            module.training = Mode(type(module), binding=not root or type(module) not in self.whole)  # type: ignore[assignment]
+            for child in module.children():
+                self._hide_mode(child)
+
+    def create_arg(self, a: Any) -> Any:
+        return self.create_node("get_attr", MODE, (), {}) if isinstance(a, Mode) else super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.evaluating:
@@ -184,7 +304,7 @@ class ShapeTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         first, second = proxy.node.meta.get("pair", (None, None))
-        if isinstance(first, (int, float, bool, torch.dtype, torch.device)) and first == second:
+        if is_constant(first) and is_constant(second) and first == second:
             self.graph.erase_node(proxy.node)
             return first
         return proxy
@@ -214,27 +334,6 @@ class ShapeTracer(fx.Tracer):
             case "call_method":
                 return getattr(args[0], target)(*args[1:], **kwargs)
             case "get_attr":
-                return operator.attrgetter(target)(self.root)
+                return False if target == MODE else operator.attrgetter(target)(self.root)
             case _:
                 return target(*args, **kwargs)
-
-
-def _trains(module: nn.Module) -> bool:
-    """Whether the module's own code reads `self.training`."""
-    for owner in type(module).__mro__:
-        if owner is nn.Module:
-            return False
-        for name, function in vars(owner).items():
-            code = getattr(_written(function), "__code__", None)
-            if code is not None and name not in ("train", "eval") and "training" in code.co_names:
-                return True
-    return False
-
-
-def _written(function: Any) -> Any:
-    """The function inside transformers' decorators, which ask for `self.training` only to checkpoint gradients."""
-    while getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers."):
-        if not hasattr(function, "__wrapped__"):
-            break
-        function = function.__wrapped__
-    return function

@@ -14,11 +14,11 @@ from torch import fx, nn
 from derc.artifacts import LoweredZoo, digest
 from derc.errors import DercError, UsageError
 from derc.ir import Graph, Layout, Op, TensorType, Value, scaled
-from derc.layouts import infer
+from derc.layouts import Axes, Grid, follow, target_name
 from derc.lowered import Call, Lowered
 from derc.modules import Normalize
 from derc.pipeline import Context
-from derc.tracing import BATCHES, Pair, ShapeTracer, is_batched, is_count
+from derc.tracing import BATCHES, ModeBranchError, ShapeTracer, is_batched, is_count
 
 NORMALIZE = "derc_normalize"
 
@@ -52,9 +52,8 @@ def lower(
     """
     training = module.training
     module.eval()
-    tracer = ShapeTracer(input_shape)
     try:
-        graph = tracer.trace(copy.deepcopy(module))
+        tracer, graph = _trace(module, input_shape)
     except DercError as error:
         raise UsageError(f"donor {name} cannot be lowered: {error}") from error
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
@@ -72,6 +71,17 @@ def lower(
     module.train(training)
     program.train(training)
     return lowered
+
+
+def _trace(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[ShapeTracer, fx.Graph]:
+    """Trace a copy, anew with every type of module that turns out to branch on its training mode kept whole."""
+    whole: frozenset[type] = frozenset()
+    while True:
+        tracer = ShapeTracer(input_shape, whole)
+        try:
+            return tracer, tracer.trace(copy.deepcopy(module))
+        except ModeBranchError as branch:
+            whole |= {branch.owner}
 
 
 def _first_line(error: Exception) -> str:
@@ -135,29 +145,30 @@ def _insert_normalize(program: fx.GraphModule, mean: tuple[float, ...], std: tup
 
 def _graph(program: fx.GraphModule, name: str) -> Graph:
     """The typed graph of a traced program."""
-    types: dict[str, TensorType] = {}
-    grids: dict[str, tuple[tuple[int, int], ...]] = {}
+    axes: dict[fx.Node, Axes] = {}
+    grids: dict[fx.Node, tuple[Grid, ...]] = {}
     counted: set[int] = set()
     ops: list[Op] = []
     value, output = None, ""
-    image: tuple[int, int] | None = None  # of the input, which comes before every value with positions
+    image: Grid | None = None  # of the input, which comes before every value with positions
     for node in program.graph.nodes:
         if node.op == "output":
             output = _single_output(node, name)
             continue
-        near = tuple(dict.fromkeys(grid for operand in node.all_input_nodes for grid in grids[operand.name]))
-        kind = _type(program, node, types, near)
-        image = image or kind.spatial
-        kind = scaled(kind, image) if image else kind
-        types[node.name] = kind
-        grids[node.name] = (kind.spatial,) if kind.spatial else near
+        near = tuple(dict.fromkeys(grid for operand in node.all_input_nodes for grid in grids[operand]))
+        found = _axes(program, node, axes, near)
+        if found is not None:
+            axes[node] = found
+        grids[node] = (found.maps if found else ()) or near
+        image = image or (found.maps[0] if found and found.maps else None)
+        kind = _type(node, found, image)
         if node.op == "placeholder":
             value = Value(node.name, kind)
             continue
         params = _fresh_params(program, node, counted)
         inputs = tuple(operand.name for operand in node.all_input_nodes)
         size = 4 * kind.numel if kind.shape else 0
-        ops.append(Op(node.name, node.op, _target(node), inputs, kind, params, node.meta.get("macs", 0), size))
+        ops.append(Op(node.name, node.op, target_name(node), inputs, kind, params, node.meta.get("macs", 0), size))
     if value is None:
         raise UsageError(f"donor {name} takes no input")
     return Graph(name, value, tuple(ops), output)
@@ -170,10 +181,6 @@ def _single_output(node: fx.Node, name: str) -> str:
             f"donor {name} does not return one tensor with a batch axis: wrap it so that it returns its logits"
         )
     return result.name
-
-
-def _target(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _fresh_params(program: fx.GraphModule, node: fx.Node, counted: set[int]) -> int:
@@ -193,33 +200,24 @@ def _attribute(module: nn.Module, target: str) -> Any:
     return operator.attrgetter(target)(module)
 
 
-def _type(
-    program: fx.GraphModule, node: fx.Node, types: Mapping[str, TensorType], grids: tuple[tuple[int, int], ...]
-) -> TensorType:
-    pair: Pair = node.meta.get("pair", (None, None))
-    operands = [types[n.name] for n in node.all_input_nodes if types[n.name].shape]
-    value = pair[0]
+def _axes(program: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Axes], near: tuple[Grid, ...]) -> Axes | None:
+    """Axes of a tensor with the plain batch axis; None for any other value."""
+    value = node.meta.get("pair", (None, None))[0]
+    if not is_batched(node) or value.shape[0] != BATCHES[0]:
+        return None
+    module = program.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return follow(node, tuple(value.shape[1:]), known, near, module)
+
+
+def _type(node: fx.Node, axes: Axes | None, image: Grid | None) -> TensorType:
+    value = node.meta.get("pair", (None, None))[0]
     if not isinstance(value, torch.Tensor):
         return TensorType((), Layout.OTHER, "tuple")
     dtype = str(value.dtype).removeprefix("torch.")
-    if not is_batched(node):
-        return TensorType(tuple(value.shape), Layout.OTHER, dtype)
-    shape = tuple(value.shape[1:])
-    if node.op == "placeholder":
-        return TensorType(shape, Layout.NCHW, dtype)
-    module = program.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return infer(shape, dtype, operands, module=module, function=_target(node), axes=_axes(node), grids=grids)
-
-
-def _axes(node: fx.Node) -> tuple[int, ...] | None:
-    """The permutation that `node` applies, where it is one of four axes."""
-    if _target(node) not in ("permute", "transpose"):
-        return None
-    raw = node.args[1:]
-    flat = tuple(raw[0]) if len(raw) == 1 and isinstance(raw[0], (tuple, list)) else raw
-    if _target(node) == "permute":
-        return tuple(axis % 4 for axis in flat if isinstance(axis, int))
-    return None
+    if axes is None:
+        return TensorType(tuple(value.shape[1:] if is_batched(node) else value.shape), Layout.OTHER, dtype)
+    kind = axes.type(dtype)
+    return scaled(kind, image) if image else kind
 
 
 def _calls(tracer: ShapeTracer, graph: fx.Graph) -> tuple[Call, ...]:

@@ -85,7 +85,7 @@ def test_types_know_prefix_tokens_and_grids():
     assert tokens and all(kind.prefix == 5 and kind.grid == (8, 8) and kind.shape == (69, 24) for kind in tokens)
     swin = [cut.type for cut in derc.lower(make("swin"), (3, 32, 32)).cuts]
     assert {kind.layout for kind in swin} >= {Layout.NHWC, Layout.NC}
-    assert all(kind.spatial in ((16, 16), (8, 8)) for kind in swin[1:-1])
+    assert all(kind.spatial in ((16, 16), (8, 8)) for kind in swin[1:-1] if kind.layout is not Layout.NC)
 
 
 def test_macs_are_those_of_the_convolutions():
