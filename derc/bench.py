@@ -71,7 +71,8 @@ def _add_donors(
 ) -> str | None:
     """Add a call for each donor; returns why there are none where the zoo cannot be read any more."""
     try:
-        zoo = Zoo.load(manifest["zoo"]["spec"], checkpoint=None)
+        size = manifest["zoo"].get("input_size")
+        zoo = Zoo.load(manifest["zoo"]["spec"], checkpoint=None, input_size=tuple(size) if size else None)
     except DercError as error:
         return str(error)
     live = LiveDonors(zoo, manifest["zoo"]["negligible"])

@@ -28,6 +28,7 @@ SOURCES: tuple[Function, ...] = (
     click.option("--zoo", help="digits, timm:NAME[,NAME…] or another library's, or a TOML file."),
     click.option("--checkpoint", type=click.Path(), help="Weights for --zoo timm:NAME."),
     click.option("--offline", is_flag=True, default=None, help="Published weights from the local hub caches alone."),
+    click.option("--input-size", help="Size that all donors are brought to: 224, HxW or CxHxW."),
     click.option("--data", help="digits, folder:PATH or npz:PATH."),
     click.option("--probe", type=int, help="Number of probe images."),
     click.option("--seed", type=int, help="Seed of every random choice."),

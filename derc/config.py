@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ class CompileSettings(BaseModel):
     zoo: str = "digits"
     checkpoint: Path | None = None
     offline: bool = False
+    input_size: str | None = None
     data: str = "digits"
     target: str = "cpu"
     latency_ms: float | None = None
@@ -45,12 +47,32 @@ class CompileSettings(BaseModel):
     batch: int = Field(1, ge=1)
     defaulted: frozenset[str] = frozenset()
 
+    @field_validator("input_size", mode="before")
+    @classmethod
+    def _plain_size(cls, value: object) -> str | None:
+        """224, "224x320", "3,224,224" and [3, 224, 224] as HxW or CxHxW."""
+        if value is None:
+            return None
+        parts = value if isinstance(value, (list, tuple)) else re.split(r"[x,]", str(value).lower())
+        try:
+            sizes = [int(str(part).strip()) for part in parts]
+        except ValueError:
+            sizes = []
+        if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+            raise ValueError("must be positive integers: 224, HEIGHTxWIDTH or CHANNELSxHEIGHTxWIDTH")
+        return "x".join(map(str, sizes * 2 if len(sizes) == 1 else sizes))
+
     @field_validator(*BUDGETS)
     @classmethod
     def _positive_budget(cls, value: float | None) -> float | None:
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"must be a positive finite number, not {value:g}")
         return value
+
+    @property
+    def size(self) -> tuple[int, ...] | None:
+        """The input size asked for, (H, W) or (C, H, W)."""
+        return None if self.input_size is None else tuple(map(int, self.input_size.split("x")))
 
     @property
     def embedded_zoo(self) -> bool:
@@ -146,6 +168,8 @@ TEMPLATE = """\
 # checkpoint = "weights.safetensors"
 # Take published weights from the local hub caches alone, without touching the network.
 # offline = false
+# The images' size that all donors are brought to: 224, HEIGHTxWIDTH or CHANNELSxHEIGHTxWIDTH.
+# input_size = 224
 # Images: digits (embedded), folder:PATH or npz:PATH.
 # data = "digits"
 # The device to run on.

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from derc import hub, huggingface
 from derc.artifacts import digest
 from derc.checkpoints import fingerprint, load_into, load_state_into
-from derc.errors import DercError, UsageError
-from derc.factories import first_line, make, source_bytes
+from derc.errors import UsageError
+from derc.factories import first_line, make, naming, source_bytes
+from derc.resampling import resampled
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-NOT_IN_DIGEST = ("kwargs", "weights", "drop", "folder", "offline")
+NOT_IN_DIGEST = ("kwargs", "native", "weights", "drop", "folder", "offline")
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Donor:
     whose entries that begin with one of `drop` are left out. `pretrained` takes the weights that the library
     publishes, for transformers those of the hub's `repository`; where `offline`, from the local cache alone. `folder`
     is where the user's package may lie. Without weights the network is what its factory makes under a fixed seed.
+    Where the network was rebuilt for another input size, `native` is what the weights' own network is called with.
     """
 
     name: str
     factory: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    native: Mapping[str, Any] | None = None
     weights: Path | None = None
     drop: tuple[str, ...] = ()
     pretrained: bool = False
@@ -57,30 +60,40 @@ class Donor:
 
     def _built(self) -> tuple[nn.Module, str]:
         """The network, and what is to be said of its weights."""
-        module, remark = make(self.name, self.factory, self.kwargs, self.folder), ""
-        try:
+        kwargs, remark = self.kwargs if self.native is None else self.native, ""
+        module = make(self.name, self.factory, kwargs, self.folder)
+        with naming(self.name):
             if self.weights is not None:
-                remark = load_into(module, self.weights, self.drop, self._rename)
+                remark = load_into(module, self.weights, self.drop, lambda state: self._rename(state, kwargs))
             elif self.pretrained:
-                load_state_into(module, self._hub_state, self.source or self.factory)
-        except DercError as error:
-            raise type(error)(f"donor {self.name}: {error}") from error
+                load_state_into(module, self._hub_state(kwargs), self.source or self.factory)
+        if self.native is not None:
+            module = self._resized(module)
         return module.float().eval(), remark
 
-    def check(self) -> str:
-        """Build and run it once; returns what is to be said of its weights.
+    def _resized(self, native: nn.Module) -> nn.Module:
+        """The network for its input size, with the weights of `native`, which is for another."""
+        module = make(self.name, self.factory, self.kwargs, self.folder)
+        with naming(self.name):
+            load_state_into(module, resampled(self.factory, self.kwargs, native, module), self.factory)
+        return module
 
-        Raises UsageError unless the network takes its input size and gives one logit per label.
-        """
+    def check(self) -> str:
+        """Build and run it once; returns what is to be said of its weights, and raises as `check_output` does."""
+        module, remark = self._built()
+        self.check_output(module)
+        return remark
+
+    def check_output(self, module: nn.Module) -> None:
+        """Raise UsageError unless `module` takes the donor's input size and gives one logit per label."""
         import torch
 
-        module, remark = self._built()
         try:
             with torch.no_grad():
                 output = module(torch.zeros(1, *self.input_size))
         except Exception as error:  # a network of any origin may raise anything
             raise UsageError(
-                f"donor {self.name} does not run at its input size {self.input_size}: {first_line(error)}"
+                f"donor {self.name} does not run at input size {self.input_size}: {first_line(error)}"
             ) from error
         if not isinstance(output, torch.Tensor) or output.dim() != 2:
             what = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
@@ -89,7 +102,6 @@ class Donor:
             )
         if self.labels is not None and len(self.labels) != output.shape[1]:
             raise UsageError(f"donor {self.name} has {output.shape[1]} outputs but {len(self.labels)} labels")
-        return remark
 
     def digest(self) -> str:
         """SHA-256 of all fields, with a file's bytes in place of its path, and of the factory's source."""
@@ -98,31 +110,29 @@ class Donor:
     @cached_property
     def _digest(self) -> str:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_IN_DIGEST}
+        made = [dict(self.kwargs), dict(self.native or {}), list(self.drop), source_bytes(self.factory)]
         if self.weights is not None:
-            return digest(
-                plain, dict(self.kwargs), list(self.drop), fingerprint(self.weights), source_bytes(self.factory)
-            )
-        state = {name: value.numpy() for name, value in self.build().state_dict().items()}
-        return digest(plain, dict(self.kwargs), state, source_bytes(self.factory))
+            return digest(plain, *made, fingerprint(self.weights))
+        return digest(plain, *made, {name: value.numpy() for name, value in self.build().state_dict().items()})
 
     @property
     def _library(self) -> tuple[str, str]:
         library, _, name = self.factory.partition(":")
         return library, name
 
-    def _rename(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _rename(self, state: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """`state` under the names of this library's version."""
         library, name = self._library
-        return huggingface.renamed(name, self.kwargs, state) if library == "transformers" else state
+        return huggingface.renamed(name, kwargs, state) if library == "transformers" else state
 
-    @cached_property
-    def _hub_state(self) -> Mapping[str, Tensor]:
+    def _hub_state(self, kwargs: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The weights that the library publishes."""
         library, name = self._library
         match library:
             case "timm":
-                return hub.timm_state(name, self.kwargs, self.offline)
+                return hub.timm_state(name, kwargs, self.offline)
             case "torchvision":
                 return hub.torchvision_state(name, self.offline)
             case "transformers":
-                return self._rename(hub.repository_state(self.repository, self.offline))
+                return self._rename(hub.repository_state(self.repository, self.offline), kwargs)
         raise UsageError(f"nobody publishes weights of {self.factory}: give them as a file")

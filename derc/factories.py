@@ -27,7 +27,7 @@ def make(donor: str, factory: str, kwargs: Mapping[str, Any], folder: Path | Non
 
     function = find(donor, factory, folder)
     try:
-        with _naming(donor), torch.random.fork_rng(devices=[]):
+        with naming(donor), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = function(**kwargs)
     except DercError:
@@ -46,7 +46,7 @@ def find(donor: str, factory: str, folder: Path | None) -> Callable[..., Any]:
     """
     library, _, name = factory.partition(":")
     if library in LIBRARIES and name:
-        with _naming(donor):
+        with naming(donor):
             return LIBRARIES[library](name)
     if not library or not name:
         schemes = ", ".join(f"{scheme}:NAME" for scheme in LIBRARIES)
@@ -91,7 +91,7 @@ def source(factory: str, kwargs: Mapping[str, Any]) -> tuple[str, str]:
 
 
 @contextmanager
-def _naming(donor: str) -> Iterator[None]:
+def naming(donor: str) -> Iterator[None]:
     """Say in an error of the body which donor it is about."""
     try:
         yield
@@ -105,9 +105,10 @@ def architecture(name: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The error's type and the first line of its message."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    """The error's type and the first line of its message, with the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _timm(name: str) -> Callable[..., Any]:

@@ -93,6 +93,12 @@ def single(output: Any) -> Tensor:
     return hidden.mean((2, 3)) if hidden.dim() == 4 else hidden.mean(1)
 
 
+def image_size(module: Any) -> tuple[int, int]:
+    """(H, W) that the network's config is for."""
+    size = module.config.image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def source(name: str, kwargs: Mapping[str, Any]) -> str:
     """The expression that builds the network, given `import transformers`."""
     kind = network_class(name)

@@ -25,7 +25,12 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "status": "ok" if outcome.met else "over_budget",
         "command": outcome.command,
         "target": _target(outcome.context),
-        "zoo": {"spec": outcome.settings.zoo, "negligible": outcome.negligible},
+        "zoo": {
+            "spec": outcome.settings.zoo,
+            "negligible": outcome.negligible,
+            "input_size": outcome.settings.size,
+            "left_out": dict(outcome.context.zoo.left_out),
+        },
         "input": {"shape": list(first.type.shape), "range": [0, 1]},
         "budget": {n: getattr(outcome.settings, n) for n in ("latency_ms", "params_m", "macs_g", "memory_mb")},
         "selected": _selected(outcome),

@@ -84,7 +84,7 @@ def manifest_of(built: Built) -> dict[str, Any]:
             "engine": context.engine.describe(),
             "batch": context.target.batch,
         },
-        "zoo": {"spec": built.settings.zoo, "negligible": 0.0},
+        "zoo": {"spec": built.settings.zoo, "negligible": 0.0, "input_size": built.settings.size or built.recipe.size},
         "recipe": built.recipe.model_dump(mode="json"),
         "data": context.data.name,
         "input": {"shape": list(built.parts[0].source.shape), "range": [0, 1]},

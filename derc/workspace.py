@@ -67,7 +67,15 @@ def check_once(store: Store, donor: Donor) -> str:
 def open_zoo(settings: CompileSettings, store: Store, console: Console) -> Zoo:
     """The zoo, every donor checked; raises UsageError where one does not work."""
     checkpoint = Path(settings.checkpoint) if settings.checkpoint else None
-    zoo = Zoo.load(settings.zoo, checkpoint=checkpoint, offline=settings.offline, check=lambda _: None)
+    zoo = Zoo.load(
+        settings.zoo,
+        checkpoint=checkpoint,
+        offline=settings.offline,
+        input_size=settings.size,
+        check=lambda _: None,
+    )
+    for name, reason in zoo.left_out.items():
+        console.say(f"donor {name} is left out: {reason}")
     for donor in console.track(zoo.donors, "donors", len(zoo.donors)):
         remark = check_once(store, donor)
         if remark:
@@ -80,7 +88,7 @@ def open_data(settings: CompileSettings, zoo: Zoo, console: Console) -> Data:
     sizes = {donor.input_size for donor in zoo.donors}
     if len(sizes) > 1:
         text = ", ".join(f"{donor.name} {donor.input_size}" for donor in zoo.donors)
-        raise UsageError(f"the donors' input sizes differ ({text}): give all of them one input_size in the zoo file")
+        raise UsageError(f"the donors' input sizes differ ({text}): give --input-size, and all are brought to it")
     (size,) = sizes
     return Data.load(settings.data, input_size=size, probe=settings.probe, seed=settings.seed, track=console.track)
 

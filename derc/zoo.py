@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from derc.donor import Donor
@@ -17,10 +17,11 @@ NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 @dataclass(frozen=True)
 class Zoo:
-    """Donors with distinct names."""
+    """Donors with distinct names; `left_out` says why others cannot be used at the input size asked for."""
 
     name: str
     donors: tuple[Donor, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Donor:
         """The donor called `name`; raises UsageError where there is none."""
@@ -40,15 +41,22 @@ class Zoo:
         *,
         checkpoint: Path | None = None,
         offline: bool = False,
+        input_size: tuple[int, ...] | None = None,
         check: Callable[[Donor], object] = Donor.check,
     ) -> Zoo:
         """The zoo `digits`, a library's networks, ``timm:NAME[,NAME…]``, or a TOML file.
 
         `check` builds every donor and runs it once. `checkpoint` holds the weights of a single library's network;
-        where `offline`, published weights come from the local hub caches alone. Raises UsageError, and
+        where `offline`, published weights come from the local hub caches alone. With `input_size`, (H, W) or
+        (C, H, W), donors are brought to it, and those left out that cannot be. Raises UsageError, and
         MissingDependencyError where published weights cannot be had.
         """
+        from derc.sizes import meet
+
         zoo = cls(*_donors(spec, checkpoint, offline))
+        zoo.check(check=lambda _: None)
+        if input_size is not None:
+            zoo = cls(zoo.name, *meet(zoo.donors, input_size))
         zoo.check(check=check)
         return zoo
 

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from derc.donor import Donor
-from derc.errors import DercError, UsageError, suggest
+from derc.errors import UsageError, suggest
+from derc.factories import naming
 from derc.known import Known, is_stored, known
 
 
@@ -66,10 +67,8 @@ class DonorTable(BaseModel):
         """What the library says, asked only where its weights are taken: other weights may want other images."""
         if not (self.pretrained or is_stored(self.factory)):
             return Known(self.factory)
-        try:
+        with naming(self.name):
             return known(self.factory, folder, offline)
-        except DercError as error:
-            raise type(error)(f"donor {self.name}: {error}") from error
 
     def _normalisation(self, said: Known, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation per channel: the file's, else the library's for its weights, else none."""

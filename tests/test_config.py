@@ -47,6 +47,31 @@ def test_other_budgets_are_kept(value, key):
 
 
 @pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("input_size = 224", (224, 224)),
+        ('input_size = "192x256"', (192, 256)),
+        ('input_size = "3,192,256"', (3, 192, 256)),
+        ("input_size = [1, 28, 28]", (1, 28, 28)),
+        ("", None),
+    ],
+)
+def test_input_size_in_every_form(tmp_path, text, size):
+    (tmp_path / "derc.toml").write_text(text)
+    settings = resolve({}, {}, tmp_path)
+    assert settings.size == size
+    assert resolve({"input_size": settings.input_size}, {}, None).size == size
+
+
+def test_offline_from_file_variable_and_flag(tmp_path):
+    assert not resolve({}, {}, tmp_path).offline
+    assert resolve({}, {"DERC_OFFLINE": "1"}, tmp_path).offline
+    (tmp_path / "derc.toml").write_text("offline = true\n")
+    assert resolve({"offline": None}, {}, tmp_path).offline
+    assert not resolve({}, {"DERC_OFFLINE": "0"}, tmp_path).offline
+
+
+@pytest.mark.parametrize(
     ("flags", "environ", "file", "words"),
     [
         ({"latncy_ms": 1}, {}, "", "'latncy_ms'.*'latency_ms'"),
@@ -60,6 +85,10 @@ def test_other_budgets_are_kept(value, key):
         ({"epsilon": float("nan")}, {}, "", "--epsilon.*finite"),
         ({"solver": "cplex"}, {}, "", "--solver.*highs"),
         ({"probe": 3}, {}, "", "--probe"),
+        ({"input_size": "large"}, {}, "", "--input-size.*positive integers.*large"),
+        ({}, {"DERC_INPUT_SIZE": "1x2x3x4"}, "", "DERC_INPUT_SIZE.*positive integers"),
+        ({}, {}, "input_size = [224, 0]", "input_size in .*derc.toml.*positive"),
+        ({}, {"DERC_OFFLINE": "perhaps"}, "", "DERC_OFFLINE.*boolean"),
     ],
 )
 def test_bad_settings(tmp_path, flags, environ, file, words):
@@ -75,7 +104,7 @@ def test_the_template_is_commented_whole_and_its_settings_are_the_defaults(tmp_p
     (tmp_path / "derc.toml").write_text(bare)
     settings = resolve({}, {}, tmp_path)
     assert set(tomllib.loads(bare)) == set(KEYS)
-    examples = {*BUDGETS, "checkpoint"}
+    examples = {*BUDGETS, "checkpoint", "input_size"}
     defaults = CompileSettings()
     for key in set(KEYS) - examples:
         assert getattr(settings, key) == getattr(defaults, key), key

@@ -89,7 +89,7 @@ def test_user_factory_is_imported_from_the_zoo_files_folder(nets):
         (user("broken"), ("broken failed", "no such luck")),
         (user("number"), ("returned a int", "torch.nn.Module")),
         (user("convolution"), ("shape", "not logits")),
-        (user("linear", size="[3, 9, 9]"), ("does not run at its input size (3, 9, 9)",)),
+        (user("linear", size="[3, 9, 9]"), ("does not run at input size (3, 9, 9)",)),
         (user("linear", "kwargs = { m = 3 }"), ("failed", "m")),
         (user("linear", "labels = 3"), ("2 outputs but 3 labels",)),
         (user("linear", 'labels = ["x", "x"]'), ("distinct",)),
