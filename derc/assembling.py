@@ -35,7 +35,8 @@ from derc.target import Target
 from derc.workspace import check_once
 from derc.zoo import Zoo
 
-NAMES = ("zoo", "checkpoint", "data", "probe", "seed", "target", "threads", "batch", "profile_s")
+SOURCES = ("zoo", "checkpoint", "offline", "input_size", "data", "probe", "seed")
+DEVICE = ("target", "threads", "batch", "profile_s")
 """Settings that matter to a recipe."""
 RANDOM_IMAGES = 16
 """Images that a recipe without data is verified on."""
@@ -86,7 +87,7 @@ def assemble_bundle(path: Path, settings: CompileSettings, console: Console) -> 
     with console.status("package"):
         beside = _intact(made.lowered[anchor], context.target.batch)
         shipped = Package(limit_s=settings.profile_s / 2).run(context, emitted, beside)
-    names = [name for name in NAMES if name not in settings.defaulted]
+    names = [name for name in SOURCES + DEVICE if name not in settings.defaulted]
     command = command_line(settings, "assemble", str(path.absolute()), names=names)
     built = Built(path, recipe, settings, command, context, stitched, fitted, emitted, shipped, anchor)
     return write(built, time.perf_counter() - started)
@@ -100,13 +101,15 @@ def open_recipe(path: Path, settings: CompileSettings, console: Console) -> tupl
     recipe = read_recipe(path)
     store = Store.default(say=console.say, on_damage=console.say)
     checkpoint = Path(settings.checkpoint) if settings.checkpoint else None
-    zoo = Zoo.load(settings.zoo, checkpoint=checkpoint, check=lambda _: None)
+    zoo = Zoo.load(settings.zoo, checkpoint=checkpoint, offline=settings.offline, check=lambda _: None)
     try:
-        made = plan(recipe, zoo)
+        made = plan(recipe, zoo, settings.size)
     except UsageError as error:
         raise UsageError(f"recipe {path}, {error}") from error
     for donor in console.track(made.zoo.donors, "donors", len(made.zoo.donors)):
-        check_once(store, donor)
+        remark = check_once(store, donor)
+        if remark:
+            console.say(f"donor {donor.name}: {remark}")
     return recipe, made, store
 
 

@@ -12,6 +12,7 @@ from derc.lowered import Call, Lowered
 from derc.parts import check_joint, stem_type, strided
 from derc.passes.cut import find_cuts
 from derc.recipe import BlockTable, Recipe
+from derc.sizes import at_size
 from derc.stitching import describe
 from derc.workspace import NEGLIGIBLE, LiveDonors
 from derc.zoo import Zoo
@@ -30,12 +31,12 @@ class Plan:
     image: tuple[int, int, int]
 
 
-def plan(recipe: Recipe, zoo: Zoo) -> Plan:
-    """The assembly that `recipe` writes down, of donors of `zoo`.
+def plan(recipe: Recipe, zoo: Zoo, size: tuple[int, ...] | None = None) -> Plan:
+    """The assembly that `recipe` writes down, of donors of `zoo`; images of `size` win over the recipe's.
 
     Raises UsageError, naming the block, where a donor, path or unit does not exist or no stitch can join two blocks.
     """
-    planner = _Planner(recipe, zoo)
+    planner = _Planner(recipe, zoo, size or recipe.size)
     for number in range(len(recipe.block)):
         try:
             planner.add(number)
@@ -50,6 +51,7 @@ class _Planner:
 
     recipe: Recipe
     zoo: Zoo
+    size: tuple[int, ...] | None
     donors: dict[str, Donor] = field(default_factory=dict)
     lowered: dict[str, Lowered] = field(default_factory=dict)
     blocks: list[BlockRef] = field(default_factory=list)
@@ -89,10 +91,10 @@ class _Planner:
 
     def _donor(self, name: str) -> Donor:
         """The zoo's donor as the recipe wants it."""
-        donor, size = self.zoo[name], self.recipe.size
+        donor = self.zoo[name]
         if self.recipe.weights == "none":
             donor = replace(donor, weights=None, pretrained=False)
-        return donor if size is None else replace(donor, input_size=(donor.input_size[0], *size))
+        return donor if self.size is None else at_size(donor, self.size)
 
     def _open(self, donor: Donor) -> Lowered:
         if donor.name not in self.lowered:
@@ -108,19 +110,19 @@ class _Planner:
         self, donor: Donor, lowered: Lowered, first: int, grid: tuple[int, int] | None
     ) -> tuple[Donor, Lowered]:
         """The donor for images of the size at which its cut `first` has this grid."""
-        own, (channels, *sides) = lowered.cuts[first].type.spatial, donor.input_size
+        own, sides = lowered.cuts[first].type.spatial, donor.input_size[1:]
         if grid == own and grid is not None:
             return donor, lowered
         if grid is None or own is None:
             raise UsageError('grid = "keep" needs positions on both sides: leave it out')
         size = tuple(side * have // want for side, have, want in zip(sides, grid, own, strict=True))
-        resized = replace(donor, name=f"{donor.name}@{size[0]}x{size[1]}", input_size=(channels, size[0], size[1]))
         try:
+            resized = replace(at_size(donor, size), name=f"{donor.name}@{size[0]}x{size[1]}")
             found = self._open(resized)
         except UsageError as error:
-            raise UsageError(f'{error}; so {donor.name} cannot run on other grids: leave grid = "keep" out') from error
+            raise UsageError(f'{error}: leave grid = "keep" out') from error
         if len(found.cuts) != len(lowered.cuts) or found.cuts[first].type.spatial != grid:
-            raise UsageError(f'{donor.name} has a grid of {grid} here for no image size: leave grid = "keep" out')
+            raise UsageError(f'no image size gives {donor.name} a grid of {grid} here: leave grid = "keep" out')
         return resized, found
 
     def _joint(self, table: BlockTable, donor: str, first: int, target: TensorType) -> Joint | None:

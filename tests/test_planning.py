@@ -163,7 +163,11 @@ def test_units_that_follow_each_other_need_no_stitch(tmp_path):
         ("blocks.2", "blocks.2.mlp", ["block 2", "input of blocks.2.mlp is no cut", "blocks.2"]),
         ('first = "layer1"', 'first = "layer3"', ["block 1", "'layer3' comes after last = 'layer2.0'"]),
         ('last = "blocks.3"', 'last = "blocks.3"\nstitch = "dery"', ["block 2", "dery stitch joins", "linear"]),
-        ('last = "blocks.3"', 'last = "blocks.3"\ngrid = "keep"', ["block 2", "cannot run on other grids"]),
+        (
+            '"blocks.2"\nlast = "blocks.3"',
+            '"fc_norm"\nlast = "head"\ngrid = "keep"',
+            ["block 2", "positions on both sides"],
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(tmp_path, old, new, says):
@@ -184,6 +188,23 @@ def test_a_stem_that_does_not_fit_is_refused(tmp_path):
     made = planned(tmp_path, text)
     kinds = [part.kind for part in parts(made.assembly, made.lowered)]
     assert kinds[:3] == ["stem", "stitch", "block"]
+
+
+def test_a_transformer_keeps_the_grid_that_it_gets(tmp_path):
+    """ResNet's 4×4 maps give the ViT 16 patch tokens where it has 64 itself."""
+    made = planned(tmp_path, PLAIN.replace('last = "blocks.3"', 'last = "blocks.3"\ngrid = "keep"'))
+    assert made.assembly.donors == ("resnet", "vit@16x16")
+    assert graph_of(made).types["stitch1"].shape == (17, 24)
+    with torch.no_grad():
+        assert assemble(made.assembly, made.lowered)(images()).shape == (3, 10)
+
+
+def test_the_image_size_brings_every_donor_to_it(tmp_path):
+    made = planned(tmp_path, "image_size = 64\n" + PLAIN)
+    assert made.image == (3, 64, 64)
+    assert graph_of(made).types["block0"].shape == (12, 8, 8)
+    with torch.no_grad():
+        assert assemble(made.assembly, made.lowered)(torch.rand(1, 3, 64, 64)).shape == (1, 10)
 
 
 def test_the_paper_s_stride_must_lead_to_the_block_s_grid(tmp_path):
