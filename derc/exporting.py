@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from derc.errors import DercError, UsageError
+from derc.mode import in_eval
 
 OPSET = 18
 
@@ -66,7 +67,7 @@ def export(
     given = examples if isinstance(examples, tuple) else (examples,)
     inputs = tuple(x.clone() for x in given)  # torch makes one input of a tensor that is given twice
     try:
-        with _eval(module), _quiet(), torch.no_grad():
+        with in_eval(module), _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 inputs,
@@ -200,18 +201,6 @@ def _used(node: onnx.NodeProto) -> set[str]:
         read = {name for inner in body.node for name in _used(inner)} | {value.name for value in body.output}
         used |= read - local
     return used
-
-
-@contextlib.contextmanager
-def _eval(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode; each part's own mode comes back afterwards."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 @contextlib.contextmanager

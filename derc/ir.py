@@ -104,14 +104,23 @@ KINDS = ("call_module", "call_function", "call_method", "get_attr", "block", "st
 
 
 @dataclass(frozen=True)
+class Tie:
+    """A weight, by its path, that several operations work on data with; no cut may part them."""
+
+    weight: str
+    ops: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Graph:
-    """Operations in topological order, from one image batch to one output."""
+    """Operations in topological order, from one image batch to one output; `ties` are its shared weights."""
 
     name: str
     input: Value
     ops: tuple[Op, ...]
     output: str
     notes: Mapping[str, str] = field(default_factory=dict)
+    ties: tuple[Tie, ...] = ()
 
     @cached_property
     def types(self) -> dict[str, TensorType]:
@@ -146,6 +155,9 @@ class Graph:
                 if name not in defined:
                     raise DercError(f"graph {self.name}: op {op.name} uses {name} before it is defined")
             defined.add(op.name)
+        for tie in self.ties:
+            if len(tie.ops) < 2 or not defined.issuperset(tie.ops):
+                raise DercError(f"graph {self.name}: the tie of {tie.weight} needs two or more operations of the graph")
         if self.output not in self.dependent:
             raise DercError(f"graph {self.name}: the output {self.output!r} does not depend on the input")
 

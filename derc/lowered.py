@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from derc import uncut
 from derc.artifacts import CutDonor, Unit
 from derc.errors import UsageError
 from derc.ir import Graph, Value
+from derc.mode import in_eval
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,28 @@ class Lowered:
     _nodes: dict[str, fx.Node] = field(default_factory=dict, repr=False)
 
     def with_cuts(self, donor: CutDonor) -> Lowered:
-        """The same network with its cuts known."""
-        return replace(self, donor=donor, _nodes={node.name: node for node in self.program.graph.nodes})
+        """The same network with its cuts known.
+
+        Raises UsageError where there is none inside, or where the blocks in order are not exactly the network.
+        """
+        cut = replace(self, donor=donor, _nodes={node.name: node for node in self.program.graph.nodes})
+        if len(donor.cuts) < 3:
+            raise UsageError(f"donor {self.graph.name} has no cut: {uncut.reason(self.graph, cut._nodes)}")
+        cut._check_blocks()
+        return cut
+
+    def _check_blocks(self) -> None:
+        """Hold the units in order against the whole program on one image, so that no edit in place crosses a cut."""
+        x = torch.rand(1, *self.graph.input.type.shape, generator=torch.Generator().manual_seed(0))
+        with in_eval(self.module), in_eval(self.program), torch.no_grad():
+            want, got = self.program(x.clone()), x
+            for index in range(len(self.units)):
+                got = self.block(index, index + 1).eval()(got.clone())
+        if not torch.equal(got, want):
+            raise UsageError(
+                f"donor {self.graph.name} cannot be cut: its blocks in order do not give what the whole gives, because "
+                f"a value is edited in place across a cut{uncut.edits(self._nodes.values())}"
+            )
 
     @property
     def _cut(self) -> CutDonor:
@@ -70,7 +93,7 @@ class Lowered:
         graph = self.block_graph(first, last)
         used = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
         block = fx.GraphModule({target: self.attribute(target) for target in used}, graph, class_name="Block")
-        block.train(self.program.training)
+        block.training = self.program.training
         return block
 
     def attribute(self, target: str) -> Any:

@@ -15,9 +15,9 @@ from derc import factories, modules
 from derc.artifacts import Assembly, BlockRef
 from derc.donor import Donor
 from derc.lowered import Lowered
+from derc.mode import MODE
 from derc.parts import entry, parts
 from derc.text import type_text
-from derc.tracing import MODE
 from derc.version import VERSION
 
 TEMPLATE = '''"""{title}

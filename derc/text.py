@@ -16,7 +16,7 @@ import json
 import re
 
 from derc.errors import UsageError, suggest
-from derc.ir import KINDS, Graph, Layout, Op, TensorType, Value
+from derc.ir import KINDS, Graph, Layout, Op, TensorType, Tie, Value
 
 STRING = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"'
 NAME = rf"(?:[\w.\-/]+|{STRING})"
@@ -26,6 +26,7 @@ TYPE = r"[\w.]+\[[\dx]*\] \w+(?:\([^)]*\))?"
 NOTE = re.compile(rf"// ({NAME}): ({STRING}|[^\"].*)")
 HEAD = re.compile(rf"graph ({NAME}) \(({NAME}): ({TYPE})\) {{")
 LINE = re.compile(rf"  ({NAME}) = (\w+) @({TARGET})\(((?:{NAME}(?:, {NAME})*)?)\) : ({TYPE})(?: {{([^}}]*)}})?")
+TIE = re.compile(rf"  tie ({TARGET})\(({NAME}(?:, {NAME})*)\)")
 RETURN = re.compile(rf"  return ({NAME})")
 NUMBER = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
 DETAILS = rf"(?:prefix=(\d+))?(?:, )?(?:grid=(\d+)x(\d+))?(?:, )?(?:stride=({NUMBER})(?:x({NUMBER}))?)?"
@@ -39,6 +40,8 @@ def print_graph(graph: Graph) -> str:
     entry = f"{_word(graph.input.name, NAME)}: {type_text(graph.input.type)}"
     lines.append(f"graph {_word(graph.name, NAME)} ({entry}) {{")
     lines += [_op_text(op) for op in graph.ops]
+    for tie in graph.ties:
+        lines.append(f"  tie {_word(tie.weight, TARGET)}({', '.join(_word(name, NAME) for name in tie.ops)})")
     return "\n".join([*lines, f"  return {_word(graph.output, NAME)}", "}", ""])
 
 
@@ -88,10 +91,13 @@ def parse_graph(text: str) -> Graph:
     ops = []
     while found := lines.take(LINE):
         ops.append(lines.op(found))
-    output = lines.need(RETURN, "NAME = KIND @TARGET(INPUTS) : TYPE, or return NAME")
+    ties = []
+    while found := lines.take(TIE):
+        ties.append(Tie(_unquote(found[1]), tuple(_unquote(word) for word in re.findall(NAME, found[2]))))
+    output = lines.need(RETURN, "NAME = KIND @TARGET(INPUTS) : TYPE, tie WEIGHT(NAMES), or return NAME")
     lines.need(re.compile("}"), "}")
     lines.need(re.compile(""), "the end")
-    return Graph(_unquote(head[1]), entry, tuple(ops), _unquote(output[1]), notes)
+    return Graph(_unquote(head[1]), entry, tuple(ops), _unquote(output[1]), notes, tuple(ties))
 
 
 def _unquote(word: str) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dis
 import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, wraps
-from types import CodeType
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,164 +15,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from derc.blame import check_hooks, here
 from derc.errors import UsageError
-
-BATCHES = (2, 3)
-"""What is equal at both batch sizes is a constant; what differs depends on the batch size."""
-MODE = "training"
-"""The attribute that every module has and graphs may read: whether it is in training mode."""
-Pair = tuple[Any, Any]
-
-
-def is_constant(value: Any) -> bool:
-    """Whether a value is plain: numbers, types and devices, or sequences of them, such as the size of a map."""
-    if isinstance(value, (tuple, list)):
-        return all(is_constant(item) for item in value)
-    return isinstance(value, (int, float, torch.dtype, torch.device))
-
-
-def is_count(node: fx.Node) -> bool:
-    """Whether the node is a whole number that depends on the batch size."""
-    return type(node.meta.get("pair", (None,))[0]) is int
-
-
-def is_batched(node: fx.Node) -> bool:
-    """Whether the node is a tensor whose first axis is proportional to the batch size."""
-    small, large = node.meta.get("pair", (None, None))
-    if not isinstance(small, torch.Tensor) or small.dim() == 0:
-        return False
-    return bool(small.shape[0] * BATCHES[1] == large.shape[0] * BATCHES[0])
-
-
-class ShapedProxy(fx.Proxy):
-    """A proxy that answers questions of shape and type at trace time."""
-
-    @property
-    def pair(self) -> Pair:
-        pair: Pair = self.node.meta["pair"]
-        return pair
-
-    def _tensor(self) -> bool:
-        return isinstance(self.pair[0], torch.Tensor)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "layout") and self._tensor():
-            return self.size() if name == "shape" else getattr(self.pair[0], name)
-        return super().__getattr__(name)
-
-    def size(self, dim: int | None = None) -> Any:
-        """torch.Tensor.size, constants where they do not depend on the batch size."""
-        small, large = self.pair
-        if dim is None:
-            return tuple(self.size(axis) for axis in range(small.dim()))
-        if small.shape[dim] == large.shape[dim]:
-            return small.shape[dim]
-        return self.tracer.create_proxy("call_method", "size", (self, dim % small.dim()), {})
-
-    def dim(self) -> int:
-        return int(self.pair[0].dim())
-
-    def numel(self) -> Any:
-        total: Any = 1
-        for size in self.size():
-            total = total * size
-        return total
-
-    def is_floating_point(self) -> bool:
-        return bool(self.pair[0].is_floating_point())
-
-    def __len__(self) -> int:
-        if self._tensor():
-            return int(self.size(0))
-        return len(self.pair[0])
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([operator.getitem(self, index) for index in range(len(self))])
-
-    def __bool__(self) -> bool:
-        if isinstance(self.pair[0], torch.Tensor):
-            raise UsageError("its forward pass branches on the data; wrap it so that the branch is fixed")
-        if bool(self.pair[0]) != bool(self.pair[1]):
-            raise UsageError("its forward pass branches on the batch size; wrap it so that the branch is fixed")
-        return bool(self.pair[0])
-
-    def _number(self) -> Any:
-        if self._tensor():
-            raise UsageError("its forward pass turns data into a number and so depends on the data")
-        if self.pair[0] != self.pair[1]:
-            raise UsageError("its forward pass needs the batch size as a constant")
-        return self.pair[0]
-
-    def __int__(self) -> int:
-        return int(self._number())
-
-    def __index__(self) -> int:
-        return operator.index(self._number())
-
-    def __float__(self) -> float:
-        return float(self._number())
-
-    def item(self) -> Any:
-        return self._number()
-
-    def tolist(self) -> Any:
-        return self._number()
-
-
-class ModeBranchError(Exception):
-    """A module of type `owner` branches on `self.training`."""
-
-    def __init__(self, owner: type) -> None:
-        super().__init__(owner.__name__)
-        self.owner = owner
-
-
-@dataclass
-class Mode:
-    """What `self.training` is while tracing: an argument for dropout and its like, but no branch may hang on it.
-
-    `binding` is False where eval mode's branch is taken for good; `asked` tells whether one was.
-    """
-
-    owner: type
-    binding: bool = True
-    asked: bool = False
-
-    def __bool__(self) -> bool:
-        if self.binding:
-            raise ModeBranchError(self.owner)
-        self.asked = True
-        return False
-
-
-def reads_others_mode(kind: type) -> bool:
-    """Whether the code of a module type reads `training` of anything but self, which tracing would freeze."""
-    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        for name, function in vars(owner).items():
-            code = getattr(_written(function), "__code__", None)
-            if code is not None and name not in ("__init__", "train", "eval") and _reads_others_mode(code):
-                return True
-    return False
-
-
-@cache
-def _reads_others_mode(code: CodeType) -> bool:
-    before = None
-    for instruction in dis.get_instructions(code):
-        reads = instruction.opname == "LOAD_ATTR" and instruction.argval == "training"
-        if reads and (before is None or before.argval != "self"):
-            return True
-        before = instruction
-    return False
-
-
-def _written(function: Any) -> Any:
-    """The function inside transformers' decorators, which ask for `self.training` only to checkpoint gradients."""
-    while getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers."):
-        if not hasattr(function, "__wrapped__"):
-            break
-        function = function.__wrapped__
-    return function
+from derc.mode import MODE, Mode, reads_others_mode
+from derc.proxies import BATCHES, Pair, ShapedProxy, is_constant
 
 
 @contextmanager
@@ -241,6 +85,8 @@ class ShapeTracer(fx.Tracer):
         self.records: list[Record] = []
         self.times_called: Counter[str] = Counter()
         self.frames: list[_Frame] = []
+        self.edited: dict[fx.Node, fx.Node] = {}
+        self.failed: tuple[str, str] | None = None
         self.evaluating = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -267,15 +113,26 @@ class ShapeTracer(fx.Tracer):
                 self._hide_mode(child)
 
     def create_arg(self, a: Any) -> Any:
-        return self.create_node("get_attr", MODE, (), {}) if isinstance(a, Mode) else super().create_arg(a)
+        """As fx does; training mode becomes a node, and a value that was edited in place is what the edit gave."""
+        if isinstance(a, Mode):
+            return self.create_node("get_attr", MODE, (), {})
+        found = super().create_arg(a)
+        while isinstance(found, fx.Node) and found in self.edited:
+            found = self.edited[found]
+        return found
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.evaluating:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
+        check_hooks(m, path)
         self.times_called[path] += 1
         self.frames.append(_Frame())
-        result = super().call_module(m, forward, args, kwargs)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or (path, type(m).__name__)
+            raise
         frame = self.frames.pop()
         if self.frames:
             self.frames[-1].members.extend(frame.members)
@@ -296,6 +153,7 @@ class ShapeTracer(fx.Tracer):
         if kind == "placeholder":
             node.meta["pair"] = self.images
         elif kind != "output":
+            node.meta["where"] = here()
             node.meta["pair"], node.meta["macs"] = self._evaluate(node)
             if self.frames:
                 self.frames[-1].members.append(node.name)
@@ -312,6 +170,8 @@ class ShapeTracer(fx.Tracer):
     def _evaluate(self, node: fx.Node) -> tuple[Pair, int]:
         """What the node gives at both batch sizes, and its multiply-accumulates for one image."""
         counter = FlopCounterMode(display=False)
+        tensors = {n: n.meta["pair"][0] for n in node.all_input_nodes if isinstance(n.meta["pair"][0], torch.Tensor)}
+        versions = {n: tensor._version for n, tensor in tensors.items()}
         self.evaluating = True
         try:
             with torch.no_grad(), self.fake:
@@ -322,7 +182,18 @@ class ShapeTracer(fx.Tracer):
             raise UsageError(f"its forward pass depends on the data (at {node.target})") from error
         finally:
             self.evaluating = False
+        for operand, tensor in tensors.items():
+            if tensor._version != versions[operand]:
+                self._note_edit(operand, node, tensor, first)
         return (first, second), counter.get_total_flops() // 2 // BATCHES[0]
+
+    def _note_edit(self, operand: fx.Node, node: fx.Node, tensor: torch.Tensor, result: Any) -> None:
+        """From here on, whoever uses `operand`, which `node` edits in place, uses what `node` gives."""
+        whole = isinstance(result, torch.Tensor) and result.shape == tensor.shape
+        if not whole or result.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
+            raise UsageError("its forward pass edits a value in place by parts; write the result to a new tensor")
+        node.meta["edits"] = True
+        self.edited[operand] = node
 
     def _run(self, node: fx.Node, which: int) -> Any:
         args = fx.node.map_arg(node.args, lambda n: n.meta["pair"][which])

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
+from derc import uncut
 from derc.artifacts import LoweredZoo, digest
+from derc.blame import check_hooks, place
 from derc.errors import DercError, UsageError
-from derc.ir import Graph, Layout, Op, TensorType, Value, scaled
-from derc.layouts import Axes, Grid, follow, target_name
 from derc.lowered import Call, Lowered
+from derc.mode import ModeBranchError, in_eval
 from derc.modules import Normalize
 from derc.pipeline import Context
-from derc.tracing import BATCHES, ModeBranchError, ShapeTracer, is_batched, is_count
+from derc.proxies import BATCHES, is_batched, is_count
+from derc.tracing import ShapeTracer
+from derc.typed import typed_graph
 
 NORMALIZE = "derc_normalize"
 
@@ -50,31 +53,37 @@ def lower(
 
     Raises UsageError where the forward pass depends on the data or the traced program is not exactly the module.
     """
-    training = module.training
-    module.eval()
+    with in_eval(module):
+        lowered = _lower(module, input_shape, name, mean or (), std or ())
+    lowered.program.training = module.training
+    return lowered
+
+
+def _lower(
+    module: nn.Module, input_shape: tuple[int, int, int], name: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Lowered:
     try:
         tracer, graph = _trace(module, input_shape)
-    except DercError as error:
+    except UsageError as error:
         raise UsageError(f"donor {name} cannot be lowered: {error}") from error
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
-        raise UsageError(f"donor {name} cannot be traced for input {input_shape}: {_first_line(error)}") from error
     localise_counts(graph)
+    edits = uncut.edits(graph.nodes)
     program = fx.GraphModule(_live(module, tracer.root, graph), graph)
     graph.eliminate_dead_code()
-    if mean is not None and std is not None and (any(mean) or any(s != 1 for s in std)):
+    if any(mean) or any(s != 1 for s in std):
         _insert_normalize(program, mean, std)
     program.recompile()
-    typed = _graph(program, name)
+    typed = typed_graph(program, name, module)
     typed.verify()
     lowered = Lowered(module, program, typed, _calls(tracer, graph))
-    _check_exact(lowered, input_shape, normalized=NORMALIZE in typed.types)
-    module.train(training)
-    program.train(training)
+    _check_exact(lowered, input_shape, edits)
     return lowered
 
 
 def _trace(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[ShapeTracer, fx.Graph]:
     """Trace a copy, anew with every type of module that turns out to branch on its training mode kept whole."""
+    _check_signature(module)
+    check_hooks(module, "")
     whole: frozenset[type] = frozenset()
     while True:
         tracer = ShapeTracer(input_shape, whole)
@@ -82,6 +91,24 @@ def _trace(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[ShapeT
             return tracer, tracer.trace(copy.deepcopy(module))
         except ModeBranchError as branch:
             whole |= {branch.owner}
+        except DercError as error:
+            raise UsageError(f"{error}{place(error, tracer.failed, module)}") from error
+        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+            where = place(error, tracer.failed, module)
+            raise UsageError(f"it cannot be traced for input {input_shape}: {_first_line(error)}{where}") from error
+
+
+def _check_signature(module: nn.Module) -> None:
+    """Raise UsageError where the forward pass needs more than the images."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
+    if len(required) > 1:
+        code = inspect.unwrap(module.forward).__code__
+        raise UsageError(
+            f"the forward pass of {type(module).__name__} takes several inputs ({', '.join(required)}; "
+            f"{code.co_filename}:{code.co_firstlineno}): wrap it so that it takes the images alone"
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -143,83 +170,6 @@ def _insert_normalize(program: fx.GraphModule, mean: tuple[float, ...], std: tup
     placeholder.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
 
 
-def _graph(program: fx.GraphModule, name: str) -> Graph:
-    """The typed graph of a traced program."""
-    axes: dict[fx.Node, Axes] = {}
-    grids: dict[fx.Node, tuple[Grid, ...]] = {}
-    counted: set[int] = set()
-    ops: list[Op] = []
-    value, output = None, ""
-    image: Grid | None = None  # of the input, which comes before every value with positions
-    for node in program.graph.nodes:
-        if node.op == "output":
-            output = _single_output(node, name)
-            continue
-        near = tuple(dict.fromkeys(grid for operand in node.all_input_nodes for grid in grids[operand]))
-        found = _axes(program, node, axes, near)
-        if found is not None:
-            axes[node] = found
-        grids[node] = (found.maps if found else ()) or near
-        image = image or (found.maps[0] if found and found.maps else None)
-        kind = _type(node, found, image)
-        if node.op == "placeholder":
-            value = Value(node.name, kind)
-            continue
-        params = _fresh_params(program, node, counted)
-        inputs = tuple(operand.name for operand in node.all_input_nodes)
-        size = 4 * kind.numel if kind.shape else 0
-        ops.append(Op(node.name, node.op, target_name(node), inputs, kind, params, node.meta.get("macs", 0), size))
-    if value is None:
-        raise UsageError(f"donor {name} takes no input")
-    return Graph(name, value, tuple(ops), output)
-
-
-def _single_output(node: fx.Node, name: str) -> str:
-    result = node.args[0]
-    if not isinstance(result, fx.Node) or not is_batched(result):
-        raise UsageError(
-            f"donor {name} does not return one tensor with a batch axis: wrap it so that it returns its logits"
-        )
-    return result.name
-
-
-def _fresh_params(program: fx.GraphModule, node: fx.Node, counted: set[int]) -> int:
-    """Parameters that `node` uses and no earlier one did."""
-    if node.op == "call_module":
-        found = list(program.get_submodule(str(node.target)).parameters())
-    elif node.op == "get_attr":
-        found = [p for p in [_attribute(program, str(node.target))] if isinstance(p, nn.Parameter)]
-    else:
-        return 0
-    fresh = [p for p in found if id(p) not in counted]
-    counted.update(id(p) for p in fresh)
-    return sum(p.numel() for p in fresh)
-
-
-def _attribute(module: nn.Module, target: str) -> Any:
-    return operator.attrgetter(target)(module)
-
-
-def _axes(program: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Axes], near: tuple[Grid, ...]) -> Axes | None:
-    """Axes of a tensor with the plain batch axis; None for any other value."""
-    value = node.meta.get("pair", (None, None))[0]
-    if not is_batched(node) or value.shape[0] != BATCHES[0]:
-        return None
-    module = program.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return follow(node, tuple(value.shape[1:]), known, near, module)
-
-
-def _type(node: fx.Node, axes: Axes | None, image: Grid | None) -> TensorType:
-    value = node.meta.get("pair", (None, None))[0]
-    if not isinstance(value, torch.Tensor):
-        return TensorType((), Layout.OTHER, "tuple")
-    dtype = str(value.dtype).removeprefix("torch.")
-    if axes is None:
-        return TensorType(tuple(value.shape[1:] if is_batched(node) else value.shape), Layout.OTHER, dtype)
-    kind = axes.type(dtype)
-    return scaled(kind, image) if image else kind
-
-
 def _calls(tracer: ShapeTracer, graph: fx.Graph) -> tuple[Call, ...]:
     """The submodule calls that can stand for the nodes they were traced into, outermost first."""
     alive = {node.name for node in graph.nodes}
@@ -234,15 +184,17 @@ def _calls(tracer: ShapeTracer, graph: fx.Graph) -> tuple[Call, ...]:
     return tuple(sorted(calls, key=lambda call: (call.path.count("."), call.path)))
 
 
-def _check_exact(lowered: Lowered, input_shape: tuple[int, int, int], *, normalized: bool) -> None:
+def _check_exact(lowered: Lowered, input_shape: tuple[int, int, int], edits: str) -> None:
     """Hold the traced program against the untouched module on a batch size that was not traced."""
     x = torch.rand(BATCHES[0] - 1, *input_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        inner = lowered.program.get_submodule(NORMALIZE)(x) if normalized else x
+        inner = lowered.program.get_submodule(NORMALIZE)(x) if NORMALIZE in lowered.graph.types else x
         want, got = lowered.module(inner.clone()), lowered.program(x.clone())
-    if not torch.equal(want, got):
-        if torch.isnan(want).any():
-            raise UsageError(f"donor {lowered.graph.name} returns NaN on ordinary images: its weights are broken")
-        raise UsageError(
-            f"donor {lowered.graph.name} cannot be lowered exactly: its forward pass depends on data or batch size"
-        )
+    if torch.equal(want, got):
+        return
+    if torch.isnan(want).any():
+        raise UsageError(f"donor {lowered.graph.name} returns NaN on ordinary images: its weights are broken")
+    reason = (
+        f"it edits a part of a value in place{edits}" if edits else "its forward pass depends on data or batch size"
+    )
+    raise UsageError(f"donor {lowered.graph.name} cannot be lowered exactly: {reason}")
