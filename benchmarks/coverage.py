@@ -1,10 +1,11 @@
-"""Every architecture: which networks derc lowers, how finely it cuts them, and whether the blocks are exactly the donor.
+"""Every architecture: which networks are lowered, how finely cut, and whether the blocks are exactly the donor.
 
-    python benchmarks/coverage.py [--quick | --all] [--jobs 2] [--json result.json] [--state out/coverage.jsonl]
+    python benchmarks/coverage.py [--quick | --all] [--sources] [--json result.json] [--state out/coverage.jsonl]
 
-The smallest network of every model module of timm (`--all`: every architecture up to 100 M parameters), random weights,
-at its native input size. Each runs in a child process under a time and a memory limit; what is done is kept in the state
-file, and the same command goes on from there. Prints a table; `--json` gets machine, protocol, rows and figures.
+The smallest network of every model module of timm (`--all`: every architecture up to 100 M parameters; `--sources`:
+torchvision's classifiers and transformers' image networks too), random weights, at its native input size. Each runs in
+a child process under a time and a memory limit; what is done is kept in the state file, and the same command goes on
+from there. Prints a table; `--json` gets machine, protocol, rows and figures.
 """
 
 from __future__ import annotations
@@ -13,18 +14,17 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import sys
-import tempfile
-import time
 from collections.abc import Iterable
 from importlib.metadata import version
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import click
 import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.children import run
 
 LARGEST = 100_000_000
 QUICK = (
@@ -37,10 +37,9 @@ QUICK = (
     "swin_tiny_patch4_window7_224",
     "densenet121",
     "levit_128s",
-    "test_beit",
+    "pvt_v2_b0",
 )
 LEAST_CUTS = 3
-POLL_S = 0.1
 
 
 def registered() -> dict[str, str]:
@@ -74,91 +73,6 @@ def choose(families: dict[str, str], params: dict[str, int], *, everything: bool
         return [name for name in names if params[name] <= LARGEST]
     smallest = {families[name]: name for name in reversed(names)}
     return sorted(smallest.values(), key=lambda name: params[name])
-
-
-def child(name: str, path: str, onnx: bool) -> None:
-    """Examine one network and keep the row in the file at `path`, also where it fails."""
-    import torch
-
-    from benchmarks.exactness import examine, make, source_line
-    from derc.errors import DercError
-
-    torch.set_num_threads(1)
-    known: dict[str, Any] = {}
-
-    def tell(row: dict[str, Any]) -> None:
-        known.update(row, peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
-        temporary = Path(f"{path}.new")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        temporary.replace(path)
-
-    try:
-        tell(examine(lambda: make(name), onnx=onnx, tell=tell))
-    except Exception as error:  # any library may raise anything, and the reason is the result
-        step = "onnx_reason" if "train_exact" in known else "reason"
-        known.setdefault(step, str(error) if isinstance(error, DercError) else source_line(error))
-        tell({"onnx_parity": False} if step == "onnx_reason" else {})
-
-
-class Job:
-    """One child process, watched."""
-
-    def __init__(self, name: str, folder: Path, onnx: bool) -> None:
-        self.name, self.path, self.start = name, folder / f"{name.replace('/', '_')}.json", time.monotonic()
-        context = multiprocessing.get_context("forkserver")
-        self.process: BaseProcess = context.Process(target=child, args=(name, str(self.path), onnx))
-        self.process.start()
-        self.killed = ""
-
-    def done(self, limit_s: float, limit_mb: float) -> bool:
-        """Whether it has ended; it is killed where it is over a limit."""
-        if not self.process.is_alive():
-            return True
-        seconds = time.monotonic() - self.start
-        try:
-            memory = psutil.Process(self.process.pid).memory_info().rss / 1e6
-        except psutil.Error:
-            return False
-        if seconds > limit_s:
-            self.killed = f"over the time limit of {limit_s:.0f} s"
-        elif memory > limit_mb:
-            self.killed = f"over the memory limit of {limit_mb:.0f} MB"
-        if self.killed:
-            self.process.kill()
-            self.process.join()
-        return bool(self.killed)
-
-    def row(self) -> dict[str, Any]:
-        """What is known of the network, with a reason where it did not come to its end."""
-        row = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        self.process.join()
-        problem = self.killed or (f"ended with signal or code {self.process.exitcode}" if self.process.exitcode else "")
-        if problem:
-            row.setdefault("onnx_reason" if "train_exact" in row else "reason", problem)
-            if "train_exact" in row:
-                row["onnx_parity"] = False
-        return {"name": self.name, **row, "seconds": round(time.monotonic() - self.start, 1)}
-
-
-def run(names: list[str], state: Path, *, jobs: int, onnx: bool, limit_s: float, limit_mb: float) -> None:
-    """Examine `names`, `jobs` at a time, and append their rows to `state`."""
-    waiting, running = list(names), list[Job]()
-    with tempfile.TemporaryDirectory() as folder, state.open("a", encoding="utf-8") as file:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                running.append(Job(waiting.pop(0), Path(folder), onnx))
-            time.sleep(POLL_S)
-            for job in [job for job in running if job.done(limit_s, limit_mb)]:
-                running.remove(job)
-                row = job.row()
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                print(f"{len(waiting) + len(running):>5} left  {brief(row)}", file=sys.stderr)
-
-
-def brief(row: dict[str, Any]) -> str:
-    reason = row.get("reason") or row.get("onnx_reason") or "ok"
-    return f"{row['name']:<44} {row['seconds']:>7.1f} s  {reason}"
 
 
 def exact(row: dict[str, Any]) -> bool:
@@ -246,6 +160,7 @@ def known_params(families: dict[str, str], state: Path) -> dict[str, int]:
 @click.command()
 @click.option("--quick", is_flag=True, help="Ten small networks of ten families: at most 5 minutes on 2 cores.")
 @click.option("--all", "everything", is_flag=True, help="Every architecture up to 100 M parameters.")
+@click.option("--sources", is_flag=True, help="Also torchvision's classifiers and transformers' image networks.")
 @click.option("--only", help="These networks, by comma: timm names, torchvision:NAME or transformers:NAME.")
 @click.option("--retry", is_flag=True, help="Examine again what failed before.")
 @click.option("--onnx/--no-onnx", default=True, help="Export blocks and hold them against ONNX Runtime.")
@@ -257,6 +172,7 @@ def known_params(families: dict[str, str], state: Path) -> dict[str, int]:
 def main(
     quick: bool,
     everything: bool,
+    sources: bool,
     only: str | None,
     retry: bool,
     onnx: bool,
@@ -276,6 +192,10 @@ def main(
         names = only.split(",") if only else list(QUICK)
     else:
         names = choose(families, known_params(families, state), everything=everything)
+    if sources:
+        from benchmarks.sources import listed
+
+        names += [name for name, *_ in listed()]
     done = read_state(state)
     fresh = [n for n in names if n not in done or (retry and (done[n].get("reason") or done[n].get("onnx_reason")))]
     multiprocessing.set_forkserver_preload(["timm", "benchmarks.exactness"])
@@ -287,13 +207,12 @@ def main(
     print(table(sorted(rows, key=lambda row: (row["family"], row.get("params", 0)))))
     print("\n" + "  ".join(f"{name} {value}" for name, value in found.items()))
     if output:
-        protocol = {"quick": quick, "all": everything, "largest_params": LARGEST, "least_cuts": LEAST_CUTS, "onnx": onnx}
-        protocol |= {"limit_s": limit_s, "limit_mb": limit_mb, "threads": 1, "jobs": jobs}
+        protocol = {"quick": quick, "all": everything, "sources": sources, "largest_params": LARGEST, "onnx": onnx}
+        protocol |= {"least_cuts": LEAST_CUTS, "limit_s": limit_s, "limit_mb": limit_mb, "threads": 1, "jobs": jobs}
         result = {"benchmark": "coverage", "machine": machine(), "protocol": protocol, "rows": rows, "figures": found}
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
     main()

@@ -208,5 +208,3 @@ def source_line(error: BaseException) -> str:
     """An error's type and first line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
-
-

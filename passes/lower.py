@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from derc.artifacts import LoweredZoo, digest
 from derc.blame import check_hooks, place
 from derc.errors import DercError, UsageError
 from derc.lowered import Call, Lowered
-from derc.mode import ModeBranchError, in_eval
+from derc.mode import Mode, ModeBranchError, in_eval
 from derc.modules import Normalize
 from derc.pipeline import Context
 from derc.proxies import BATCHES, is_batched, is_count
@@ -74,6 +74,8 @@ def _lower(
         _insert_normalize(program, mean, std)
     program.recompile()
     typed = typed_graph(program, name, module)
+    if isinstance(tracer.root.training, Mode) and tracer.root.training.asked:
+        typed = replace(typed, notes={"training": "branches on its mode: in training too, blocks take eval's branch"})
     typed.verify()
     lowered = Lowered(module, program, typed, _calls(tracer, graph))
     _check_exact(lowered, input_shape, edits)
