@@ -12,7 +12,7 @@ from derc import hub, huggingface
 from derc.artifacts import digest
 from derc.checkpoints import fingerprint, load_into, load_state_into
 from derc.errors import UsageError
-from derc.factories import first_line, make, naming, source_bytes
+from derc.factories import ONNX, first_line, make, naming, onnx_path, source_bytes
 from derc.resampling import resampled
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ NOT_IN_DIGEST = ("kwargs", "native", "weights", "drop", "folder", "offline")
 
 @dataclass(frozen=True)
 class Donor:
-    """A pretrained network; `factory` is one of a library, ``timm:NAME``, or ``package.module:function``.
+    """A pretrained network; `factory` is a library's, ``timm:NAME``, or ``package.module:function``, or ``onnx:FILE``.
 
     The factory is called with `kwargs`. `input_size` is (C, H, W); images in [0, 1] are normalised with `mean` and
     `std` per channel. `labels` are the class names in output order, None where unknown. `weights` is a checkpoint,
@@ -113,7 +113,16 @@ class Donor:
         made = [dict(self.kwargs), dict(self.native or {}), list(self.drop), source_bytes(self.factory)]
         if self.weights is not None:
             return digest(plain, *made, fingerprint(self.weights))
+        if self._library[0] == ONNX:
+            return digest(plain, *made, self._file_fingerprint())
         return digest(plain, *made, {name: value.numpy() for name, value in self.build().state_dict().items()})
+
+    def _file_fingerprint(self) -> str:
+        """SHA-256 of the ONNX file that is the network."""
+        from derc.onnxdonor import file
+
+        with naming(self.name):
+            return file.fingerprint(onnx_path(self.factory, self.folder))
 
     @property
     def _library(self) -> tuple[str, str]:

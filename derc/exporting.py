@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from derc.errors import DercError, UsageError
 from derc.mode import in_eval
+from derc.onnxdonor.opaque import OnnxNode
 
 OPSET = 18
 
@@ -64,6 +65,9 @@ def export(
 
     Raises UsageError where the module cannot be exported.
     """
+    for part in module.modules():
+        if isinstance(part, OnnxNode):
+            part.check_exportable(OPSET)
     given = examples if isinstance(examples, tuple) else (examples,)
     inputs = tuple(x.clone() for x in given)  # torch makes one input of a tensor that is given twice
     try:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,9 +49,13 @@ def find(donor: str, factory: str, folder: Path | None) -> Callable[..., Any]:
     if library in LIBRARIES and name:
         with naming(donor):
             return LIBRARIES[library](name)
+    if library == ONNX and name:
+        return partial(_onnx, onnx_path(factory, folder))
     if not library or not name:
         schemes = ", ".join(f"{scheme}:NAME" for scheme in LIBRARIES)
-        raise UsageError(f"donor {donor}: factory {factory!r} is neither {schemes} nor package.module:function")
+        raise UsageError(
+            f"donor {donor}: factory {factory!r} is neither {schemes}, onnx:FILE nor package.module:function"
+        )
     try:
         with _on_path(folder):
             module = importlib.import_module(library)
@@ -67,14 +72,22 @@ def find(donor: str, factory: str, folder: Path | None) -> Callable[..., Any]:
 def source_bytes(factory: str) -> bytes:
     """Source of the module that an imported `factory` lies in; the version alone for a library's."""
     library = factory.partition(":")[0]
-    if library in LIBRARIES:
+    if library in LIBRARIES or library == ONNX:
         return metadata.version(library).encode()
     file = getattr(sys.modules.get(library), "__file__", None)
     return Path(file).read_bytes() if file else b""
 
 
+def onnx_path(factory: str, folder: Path | None) -> Path:
+    """Where the file of an ``onnx:FILE`` lies, as seen from `folder`."""
+    return (folder or Path()) / factory.partition(":")[2]
+
+
 def source(factory: str, kwargs: Mapping[str, Any]) -> tuple[str, str]:
-    """The import line and the expression that build the network where derc is not installed."""
+    """The import line and the expression that build the network where derc is not installed.
+
+    No expression for an ONNX file: its blocks are printed in full.
+    """
     library, _, name = factory.partition(":")
     arguments = [f"{key}={value!r}" for key, value in kwargs.items()]
     match library:
@@ -86,6 +99,8 @@ def source(factory: str, kwargs: Mapping[str, Any]) -> tuple[str, str]:
             return "import torchvision", f"torchvision.models.get_model({call})"
         case "transformers":
             return "import transformers", huggingface.source(name, kwargs)
+        case "onnx":
+            return "import torch", ""
     alias = re.sub(r"\W", "_", factory)
     return f"from {library} import {name} as {alias}", f"{alias}({', '.join(arguments)})"
 
@@ -109,6 +124,12 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()]
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _onnx(path: Path, **kwargs: Any) -> Any:
+    from derc.onnxdonor.network import build
+
+    return build(path, **kwargs)
 
 
 def _timm(name: str) -> Callable[..., Any]:
@@ -148,6 +169,8 @@ LIBRARIES: dict[str, Callable[[str], Callable[..., Any]]] = {
     "transformers": huggingface.find,
 }
 """What finds a network by its name, for each library whose networks derc knows."""
+ONNX = "onnx"
+"""The factory ``onnx:FILE`` is no library: the file is the network, with its weights."""
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from derc import modelfolder
 from derc.errors import UsageError, suggest
-from derc.factories import LIBRARIES, architecture
+from derc.factories import LIBRARIES, architecture, onnx_path
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,18 @@ def is_stored(factory: str) -> bool:
     """Whether `factory` names a folder or repository that holds weights: these are then the donor's."""
     library, _, name = factory.partition(":")
     return library == "transformers" and modelfolder.is_stored(name)
+
+
+def of_file(factory: str, folder: Path, input_size: list[int] | None) -> Known:
+    """What an ONNX file says: the size of its images, which are taken as they are unless the zoo file says otherwise.
+
+    Raises UsageError for a damaged file, or one that leaves the size open where `input_size` does not give it.
+    """
+    from derc.onnxdonor import file
+
+    path = onnx_path(factory, folder)
+    size = file.read(path).size(tuple(input_size) if input_size else None)
+    return Known(factory, kwargs={"input_size": list(size)}, input_size=size)
 
 
 def known(factory: str, folder: Path, offline: bool) -> Known:

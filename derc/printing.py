@@ -16,13 +16,15 @@ from derc.artifacts import Assembly, BlockRef
 from derc.donor import Donor
 from derc.lowered import Lowered
 from derc.mode import MODE
+from derc.onnxdonor.network import OnnxNetwork
+from derc.onnxdonor.source import construction
 from derc.parts import entry, parts
 from derc.text import type_text
 from derc.version import VERSION
 
 TEMPLATE = '''"""{title}
 
-Written by derc {version}. Needs torch, safetensors and {libraries}; the weights lie beside this file.
+Written by derc {version}. Needs {libraries}; the weights lie beside this file.
 Input: float32 images (N, {channels}, {height}, {width}) in [0, 1]; normalisation is part of the network.
 """
 
@@ -120,7 +122,7 @@ def print_network(
     source = TEMPLATE.format(
         title=f"A network assembled from {', '.join(assembly.donors)}.",
         version=VERSION,
-        libraries=", ".join(sorted({_library(donor) for donor in used})),
+        libraries=_libraries(used),
         channels=channels,
         height=height,
         width=width,
@@ -154,13 +156,18 @@ def _function(name: str) -> str:
     return "donor_" + re.sub(r"\W", "_", name)
 
 
-def _library(donor: Donor) -> str:
-    return donor.factory.partition(":")[0].split(".")[0]
+def _libraries(donors: list[Donor]) -> str:
+    """What the network needs, as a clause; an ONNX file needs nothing more."""
+    others = {donor.factory.partition(":")[0].split(".")[0] for donor in donors} - {factories.ONNX}
+    needed = ["torch", "safetensors", *sorted(others)]
+    return f"{', '.join(needed[:-1])} and {needed[-1]}"
 
 
 def _donor_function(donor: Donor) -> str:
     _, call = factories.source(donor.factory, donor.kwargs)
     licence = f"{donor.source}; " if donor.source else ""
+    if not call:
+        return f"# {donor.name}: {donor.factory}, of which the blocks hold all ({licence}licence {donor.licence})."
     return (
         f"def {_function(donor.name)}() -> nn.Module:\n"
         f'    """{donor.name}: {donor.factory} ({licence}licence {donor.licence})."""\n'
@@ -205,7 +212,7 @@ def _print_block(index: int, block: BlockRef, lowered: Lowered) -> _Block:
         "",
         "    def __init__(self) -> None:",
         "        super().__init__()",
-        *([f"        donor = {_function(block.donor)}()"] if any("donor" in line for line in taken) else []),
+        *([f"        donor = {_function(block.donor)}()"] if any("= donor" in line for line in taken) else []),
         *(f"        {line}" for line in taken),
         "",
         "    def forward(self, x: torch.Tensor) -> torch.Tensor:",
@@ -232,13 +239,21 @@ def _take(target: str, text: _Block, lowered: Lowered) -> str:
         mean, std = (tuple(round(float(v), 6) for v in t.flatten()) for t in (value.mean, value.std))
         text.weights |= {f"{name}.{key}": v for key, v in value.state_dict().items()}
         return f"self.{name} = Normalize(mean={mean}, std={std})"
+    made = f"self.{name} = {_expression(target, value, lowered)}"
     if isinstance(value, nn.Module):
         text.weights |= {f"{name}.{key}": v for key, v in value.state_dict().items()}
-        return f"self.{name} = {_path(target, lowered.module)}"
+        return made
     text.weights[name] = value.detach()
     if isinstance(value, nn.Parameter):
-        return f"self.{name} = {_path(target, lowered.module)}"
+        return made
     return f'self.register_buffer("{name}", torch.zeros({tuple(value.shape)}, dtype={value.dtype}))'
+
+
+def _expression(target: str, value: Any, lowered: Lowered) -> str:
+    """What makes the submodule or parameter at `target`: taken from the donor, or built where that is an ONNX file."""
+    if isinstance(lowered.module, OnnxNetwork):
+        return construction(value, lowered.graph.name)
+    return _path(target, lowered.module)
 
 
 def _path(target: str, module: nn.Module) -> str:

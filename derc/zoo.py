@@ -9,9 +9,10 @@ from pathlib import Path
 
 from derc.donor import Donor
 from derc.errors import UsageError, suggest
-from derc.factories import LIBRARIES
+from derc.factories import LIBRARIES, ONNX
 
-DIGITS = Path(__file__).parent / "digits" / "zoo.toml"
+PRESETS = {"digits": "digits/zoo.toml", "dery24": "presets/dery24.toml"}
+"""Zoos that come with derc, by name."""
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -44,7 +45,7 @@ class Zoo:
         input_size: tuple[int, ...] | None = None,
         check: Callable[[Donor], object] = Donor.check,
     ) -> Zoo:
-        """The zoo `digits`, a library's networks, ``timm:NAME[,NAME…]``, or a TOML file.
+        """A zoo of PRESETS, a library's networks, ``timm:NAME[,NAME…]``, ``onnx:FILE[,FILE…]``, or a TOML file.
 
         `check` builds every donor and runs it once. `checkpoint` holds the weights of a single library's network;
         where `offline`, published weights come from the local hub caches alone. With `input_size`, (H, W) or
@@ -72,7 +73,7 @@ class Zoo:
 
 def _donors(spec: str, checkpoint: Path | None, offline: bool) -> tuple[str, tuple[Donor, ...]]:
     """Name and donors of the zoo that `spec` names."""
-    from derc.zoofile import library_donor, read_toml
+    from derc.zoofile import file_donor, library_donor, read_toml
 
     library, _, names = spec.partition(":")
     if checkpoint is not None and (library not in LIBRARIES or "," in names):
@@ -80,8 +81,12 @@ def _donors(spec: str, checkpoint: Path | None, offline: bool) -> tuple[str, tup
     if library in LIBRARIES:
         factories = [f"{library}:{name.strip()}" for name in names.split(",")]
         return spec, tuple(library_donor(factory, checkpoint, offline) for factory in factories)
-    path = DIGITS if spec == "digits" else _existing(spec)
-    return "digits" if spec == "digits" else path.stem, read_toml(path, offline)
+    if library == ONNX:
+        return spec, tuple(file_donor(name.strip()) for name in names.split(","))
+    if spec in PRESETS:
+        return spec, read_toml(Path(__file__).parent / PRESETS[spec], offline)
+    path = _existing(spec)
+    return path.stem, read_toml(path, offline)
 
 
 def _existing(spec: str) -> Path:
@@ -92,6 +97,6 @@ def _existing(spec: str) -> Path:
     if path.suffix == ".toml" or path.name != spec:
         raise UsageError(f"zoo file {spec} does not exist or is not a file")
     raise UsageError(
-        f"unknown zoo {spec!r}: give digits, timm:NAME[,NAME…], torchvision:…, transformers:… or a TOML file"
-        f"{suggest(spec, ['digits'])}"
+        f"unknown zoo {spec!r}: give {', '.join(PRESETS)}, timm:NAME[,NAME…], torchvision:…, transformers:…, "
+        f"onnx:FILE or a TOML file{suggest(spec, PRESETS)}"
     )

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from derc.donor import Donor
 from derc.errors import UsageError, suggest
-from derc.factories import naming
-from derc.known import Known, is_stored, known
+from derc.factories import ONNX, naming
+from derc.known import Known, is_stored, known, of_file
 
 
 class DonorTable(BaseModel):
@@ -38,6 +38,8 @@ class DonorTable(BaseModel):
             raise UsageError(f"donor {self.name} has both weights and pretrained = true: give one of them")
         if self.drop and self.weights is None:
             raise UsageError(f"donor {self.name}: drop leaves out entries of a checkpoint, and weights names none")
+        if self.factory.startswith(f"{ONNX}:") and (self.weights is not None or self.pretrained):
+            raise UsageError(f"donor {self.name}: an ONNX file holds its weights: leave out weights and pretrained")
         said = self._said(folder, offline)
         size = list(said.input_size or ()) if self.input_size is None else self.input_size
         if len(size) != 3 or min(size) < 1:
@@ -65,6 +67,9 @@ class DonorTable(BaseModel):
 
     def _said(self, folder: Path, offline: bool) -> Known:
         """What the library says, asked only where its weights are taken: other weights may want other images."""
+        if self.factory.startswith(f"{ONNX}:"):
+            with naming(self.name):
+                return of_file(self.factory, folder, self.input_size)
         if not (self.pretrained or is_stored(self.factory)):
             return Known(self.factory)
         with naming(self.name):
@@ -140,6 +145,11 @@ def _table(table: dict[str, Any], path: Path) -> DonorTable:
             known = DonorTable.model_fields
             raise UsageError(f"{where}: unknown key {key!r}, known: {', '.join(known)}{suggest(key, known)}") from error
         raise UsageError(f"{where}: {key}: {first['msg']}") from error
+
+
+def file_donor(path: str) -> Donor:
+    """An ONNX file's network for images as they are, called as the file is."""
+    return DonorTable(name=Path(path).stem, factory=f"{ONNX}:{path}").donor(Path.cwd())
 
 
 def library_donor(factory: str, checkpoint: Path | None, offline: bool) -> Donor:

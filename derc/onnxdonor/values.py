@@ -1,0 +1,101 @@
+"""Operators of an ONNX file, and the values that do not depend on the images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from derc.artifacts import Array
+
+FACTORS = (1, 2, 3)
+"""Values are followed at these multiples of the file's batch size; it is free in what differs in proportion."""
+LARGEST_SHAPE = 64
+"""An array that depends on the batch size and has more elements than this is no shape."""
+
+
+class UnsupportedError(Exception):
+    """A form of an operator that the table does not know."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A value that does not depend on the images: one array for each of FACTORS.
+
+    `weight` names the initializer that a floating-point one is from.
+    """
+
+    arrays: tuple[Array, ...]
+    weight: str = ""
+
+    @classmethod
+    def constant(cls, array: Array, weight: str = "") -> Known:
+        return cls((array,) * len(FACTORS), weight)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is the same for every batch size."""
+        first = self.arrays[0]
+        return all(a is first or (a.shape == first.shape and np.array_equal(a, first)) for a in self.arrays[1:])
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One node of the file and the version of its operator set."""
+
+    node: onnx.NodeProto
+    version: int
+
+    @property
+    def kind(self) -> str:
+        """Its type, after its domain where that is not the default one."""
+        domain = "" if self.node.domain in ("", "ai.onnx") else f"{self.node.domain}::"
+        return f"{domain}{self.node.op_type}"
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.node.name})" if self.node.name else self.kind
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute; floats are the shortest decimal that float32 rounds to the stored value."""
+        for attribute in self.node.attribute:
+            if attribute.name == name:
+                return _plain(onnx.helper.get_attribute_value(attribute))
+        return default
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, float):
+        return short(value)
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def short(value: float) -> float:
+    """The shortest decimal that float32 rounds to the same number."""
+    return float(str(np.float32(value)))
+
+
+def folded(op: Operator, inputs: Mapping[str, Known], opsets: Mapping[str, int]) -> list[Known] | None:
+    """What an operator makes of constants; None where it is no number, or its size depends on the batch's."""
+    try:
+        evaluator = ReferenceEvaluator(op.node, opsets=dict(opsets))
+        fixed = all(value.fixed for value in inputs.values())
+        runs: list[Any] = []
+        for which in range(1 if fixed else len(FACTORS)):
+            runs.append(evaluator.run(None, {name: value.arrays[which] for name, value in inputs.items()}))
+    except Exception:  # noqa: BLE001  the reference lacks operators, and says so in many ways
+        return None
+    weight = next((value.weight for value in inputs.values() if value.weight), "")
+    found = []
+    for arrays in zip(*(runs * len(FACTORS) if fixed else runs), strict=True):
+        arrays = tuple(np.asarray(array) for array in arrays)
+        value = Known(arrays, weight if arrays[0].dtype.kind == "f" else "")
+        if not value.fixed and (arrays[0].ndim > 1 or arrays[0].size > LARGEST_SHAPE or value.weight):
+            return None
+        found.append(value)
+    return found
