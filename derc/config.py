@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from derc.errors import UsageError, suggest
+from derc.zoo import PRESETS
 
 FILE = "derc.toml"
 PREFIX = "DERC_"
@@ -82,7 +83,7 @@ class CompileSettings(BaseModel):
     @property
     def lacks_data(self) -> bool:
         """Whether no images were named for a zoo of one's own."""
-        own = ":" in self.zoo or Path(self.zoo).suffix == ".toml"
+        own = ":" in self.zoo or Path(self.zoo).suffix == ".toml" or self.zoo in PRESETS.keys() - {"digits"}
         return own and "data" in self.defaulted
 
     @property
@@ -161,8 +162,8 @@ TEMPLATE = """\
 # Settings of `derc compile` in this folder. A flag wins over the environment (DERC_LATENCY_MS=5), which wins over this.
 # Take the # away to set one; what stands there is the default, or an example where there is none.
 
-# What to assemble from: digits (embedded), timm:NAME[,NAME...], torchvision:..., transformers:..., or a TOML file with
-# [[donor]] tables.
+# What to assemble from: digits (embedded), dery24 (the DeRy paper's zoo), timm:NAME[,NAME...], torchvision:...,
+# transformers:..., or a TOML file with [[donor]] tables.
 # zoo = "digits"
 # Weights of a single library's network, where the hub is out of reach.
 # checkpoint = "weights.safetensors"

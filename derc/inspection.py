@@ -3,50 +3,115 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from derc.artifacts import CutDonor, Latency, LatencyTable
+from derc.artifacts import Latency, LatencyTable, digest
 from derc.config import CompileSettings
 from derc.console import Console
+from derc.donor import Donor
 from derc.errors import UsageError
-from derc.pipeline import Timings
+from derc.factories import LIBRARIES, architecture, source_bytes
+from derc.lowered import Lowered
+from derc.pipeline import Timings, code_version
 from derc.store import Store
 from derc.text import type_text
 
 Shown = tuple[dict[str, Any], str]
+WEIGHTS = "published weights are not loaded: costs do not depend on them"
 
 
 def show_zoo(settings: CompileSettings, console: Console) -> Shown:
-    """Donors with their cuts and units."""
-    from derc.workspace import NEGLIGIBLE, LiveDonors, open_zoo
+    """Donors with their cuts and units; published weights are not loaded, those in files are checked."""
+    from derc.workspace import check_once, load_zoo
 
-    zoo = open_zoo(settings, Store.default(say=console.say, on_damage=console.say), console)
-    live = LiveDonors(zoo, NEGLIGIBLE)
+    zoo = load_zoo(settings, console)
+    store = Store.default(say=console.say, on_damage=console.say)
     donors: dict[str, Any] = {}
     lines: list[str] = []
     for donor in console.track(zoo.donors, "lower", len(zoo.donors)):
-        lowered = live[donor.name]
-        cut = CutDonor(lowered.cuts, lowered.units)
-        graph = lowered.graph
-        donors[donor.name] = {
-            "factory": donor.factory,
-            "licence": donor.licence,
-            "params": graph.params,
-            "macs": graph.macs,
-            "cuts": [{"value": v.name, "type": type_text(v.type)} for v in cut.cuts],
-            "units": [asdict(unit) for unit in cut.units],
-        }
-        lines.append(
-            f"{donor.name}  {donor.factory}  {graph.params / 1e6:.3f} M params, {graph.macs / 1e9:.4f} G MACs, "
-            f"{len(cut.units)} units, licence {donor.licence}"
-        )
-        for index, value in enumerate(cut.cuts):
-            unit = cut.units[index - 1] if index else None
-            costs = f"  {unit.params:>9} params {unit.macs:>12} MACs" if unit else ""
-            lines.append(f"  {index:>3}  {type_text(value.type):<44} {value.name}{costs}")
-    return {"donors": donors}, "\n".join(lines)
+        if not donor.pretrained:
+            check_once(store, donor, console)
+        donors[donor.name] = _donor(donor, store)
+        lines += ["", *_donor_lines(donor.name, donors[donor.name])]
+    return {"weights": WEIGHTS, "donors": donors, "left_out": dict(zoo.left_out)}, "\n".join([_head(donors), *lines])
+
+
+def _structure(donor: Donor, store: Store) -> dict[str, Any]:
+    """The donor's costs, cuts and units without its weights, found once for all donors of one architecture."""
+    from derc.passes import cut, lower
+    from derc.workspace import NEGLIGIBLE
+
+    library, _, name = donor.factory.partition(":")
+    network = architecture(name) if library in LIBRARIES else f"{donor.folder} {name}"
+    normal = any(donor.mean) or any(value != 1 for value in donor.std)
+    key = digest(
+        ["structure", code_version(lower.__name__), code_version(cut.__name__), source_bytes(donor.factory).hex()],
+        [library, network, list(donor.input_size), normal, len(donor.labels or ()), NEGLIGIBLE],
+        dict(donor.kwargs),
+    )
+    found = store.get_bytes(key)
+    if found is None:
+        module = replace(donor, weights=None, pretrained=False).build()
+        lowered = lower.lower(module, donor.input_size, name=donor.name, mean=donor.mean, std=donor.std)
+        found = json.dumps(_plain(lowered.with_cuts(cut.find_cuts(lowered.graph, NEGLIGIBLE)))).encode()
+        store.put_bytes(key, found, note=f"structure of {name}")
+    plain: dict[str, Any] = json.loads(found)
+    return plain
+
+
+def _plain(lowered: Lowered) -> dict[str, Any]:
+    """Costs, cuts and units; a cut's path is the outermost submodule that gives it, or where in which one it lies."""
+    paths = {cut.name: cut.name for cut in lowered.cuts}
+    for call in sorted(lowered.calls, key=lambda call: -len(call.members)):
+        paths |= {name: f"{call.path}: {name}" for name in call.members & paths.keys()}
+    paths |= {op.name: op.target for op in lowered.graph.ops if op.kind == "call_module"}
+    paths |= {call.result: call.path for call in reversed(lowered.calls)}
+    return {
+        "params": lowered.graph.params,
+        "macs": lowered.graph.macs,
+        "cuts": [{"value": cut.name, "path": paths[cut.name], "type": type_text(cut.type)} for cut in lowered.cuts],
+        "units": [asdict(unit) for unit in lowered.units],
+    }
+
+
+def _donor(donor: Donor, store: Store) -> dict[str, Any]:
+    return {
+        "factory": donor.factory,
+        "kwargs": dict(donor.kwargs),
+        "input_size": list(donor.input_size),
+        "weights": "published, not loaded" if donor.pretrained else "file" if donor.weights else "none",
+        "source": donor.source,
+        "licence": donor.licence,
+        **_structure(donor, store),
+    }
+
+
+def _head(donors: dict[str, Any]) -> str:
+    """How many donors of which size, and what is to be downloaded for a compile."""
+    params = [donor["params"] for donor in donors.values() if donor["weights"].startswith("published")]
+    total = sum(donor["params"] for donor in donors.values())
+    head = f"{len(donors)} donors, {total / 1e6:.1f} M parameters"
+    if not params:
+        return head
+    size = f"{4 * sum(params) / 1e9:.2f} GB"
+    return (
+        f"{head}\nweights: not loaded for {len(params)} donors, costs do not depend on them; about {size} to download"
+    )
+
+
+def _donor_lines(name: str, donor: dict[str, Any]) -> list[str]:
+    size = "x".join(map(str, donor["input_size"]))
+    lines = [
+        f"{name}  {donor['factory']}  {size}  {donor['params'] / 1e6:.2f} M params  {donor['macs'] / 1e9:.3f} G MACs  "
+        f"{len(donor['units'])} units  licence {donor['licence']}"
+    ]
+    for index, cut in enumerate(donor["cuts"]):
+        unit = donor["units"][index - 1] if index else None
+        costs = f"{unit['params'] / 1e6:8.3f} M {unit['macs'] / 1e9:8.4f} G" if unit else " " * 21
+        lines.append(f"  {index:>3}  {costs}  {cut['type']:<44}  {cut['path']}")
+    return lines
 
 
 def show_partition(settings: CompileSettings, console: Console) -> Shown:

@@ -54,18 +54,19 @@ class LiveDonors(Mapping[str, Lowered]):
         return lowered.with_cuts(find_cuts(lowered.graph, self.negligible))
 
 
-def check_once(store: Store, donor: Donor) -> str:
-    """What `donor.check()` says, without running it where a donor of the same digest passed before."""
+def check_once(store: Store, donor: Donor, console: Console) -> None:
+    """`donor.check()`, unless a donor of the same digest passed it before; says what is to be said of its weights."""
     key = digest(["checked", donor.digest(), VERSION])
-    found = store.get_bytes(key)
-    if found is None:
-        found = donor.check().encode()
-        store.put_bytes(key, found, note=f"checked {donor.name}")
-    return found.decode()
+    remark = store.get_bytes(key)
+    if remark is None:
+        remark = donor.check().encode()
+        store.put_bytes(key, remark, note=f"checked {donor.name}")
+    if remark:
+        console.say(f"donor {donor.name}: {remark.decode()}")
 
 
-def open_zoo(settings: CompileSettings, store: Store, console: Console) -> Zoo:
-    """The zoo, every donor checked; raises UsageError where one does not work."""
+def load_zoo(settings: CompileSettings, console: Console) -> Zoo:
+    """The zoo as it is written, at the input size asked for; no donor's weights are looked at."""
     checkpoint = Path(settings.checkpoint) if settings.checkpoint else None
     zoo = Zoo.load(
         settings.zoo,
@@ -76,10 +77,14 @@ def open_zoo(settings: CompileSettings, store: Store, console: Console) -> Zoo:
     )
     for name, reason in zoo.left_out.items():
         console.say(f"donor {name} is left out: {reason}")
+    return zoo
+
+
+def open_zoo(settings: CompileSettings, store: Store, console: Console) -> Zoo:
+    """The zoo, every donor checked; raises UsageError where one does not work."""
+    zoo = load_zoo(settings, console)
     for donor in console.track(zoo.donors, "donors", len(zoo.donors)):
-        remark = check_once(store, donor)
-        if remark:
-            console.say(f"donor {donor.name}: {remark}")
+        check_once(store, donor, console)
     return zoo
 
 

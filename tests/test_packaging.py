@@ -69,7 +69,7 @@ def test_wheel_holds_each_file_once_and_the_weights(dist):
 
 def test_no_extra_pulls_both_onnxruntimes():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) == {"cpu", "gpu", "gurobi", "openvino", "train", "dev"}
+    assert set(project["optional-dependencies"]) == {"cpu", "gpu", "gurobi", "hf", "openvino", "train", "dev"}
 
     def packages(requirements):
         return {re.split(r"[\[<>=!~; ]", requirement)[0] for requirement in requirements}
