@@ -57,6 +57,7 @@ def diagnose(root: Path = Path("/")) -> list[Finding]:
         *(_package(name) for name in REQUIRED),
         _onnxruntime(),
         _gurobi(root),
+        _package("transformers", 'pip install "derc[hf]" for donors of transformers', "info"),
         _package("openvino", 'pip install "derc[openvino]" for the OpenVINO engine', "info"),
         _tensorrt(root),
         _nvidia(root),

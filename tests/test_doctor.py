@@ -67,7 +67,7 @@ def test_optional_things_are_no_faults(machine: Path, monkeypatch: pytest.Monkey
     findings = diagnose(machine)
     assert healthy(findings)
     missing = {finding.name: finding.severity for finding in findings if not finding.ok}
-    assert missing == dict.fromkeys(("gurobipy", "openvino", "tensorrt", "nvidia"), "info") | {
+    assert missing == dict.fromkeys(("gurobipy", "transformers", "openvino", "tensorrt", "nvidia"), "info") | {
         name: "warning" for name in missing if name == "memory"
     }
 

@@ -15,6 +15,8 @@ from torch import nn
 from torchvision.models import vision_transformer
 
 from derc.artifacts import Assembly, BlockRef
+from derc.config import resolve
+from derc.console import Console
 from derc.donor import Donor
 from derc.emitted import realise
 from derc.errors import UsageError
@@ -22,6 +24,7 @@ from derc.passes.cut import find_cuts
 from derc.passes.lower import lower
 from derc.printing import print_network
 from derc.sizes import at_size, meet
+from derc.workspace import load_zoo, open_data
 from derc.zoo import Zoo
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 32, "num_classes": 5}
@@ -141,3 +144,17 @@ def test_a_donor_that_cannot_be_built_is_an_error_at_every_size():
     broken = Donor("broken", "timm:resnet18", {"depth": 3}, input_size=(3, 32, 32))
     with pytest.raises(UsageError, match=r"donor broken.*depth"):
         meet([broken, Donor("fine", "timm:test_resnet")], (48, 48))
+
+
+def test_a_zoo_of_two_sizes_needs_one_and_says_what_it_leaves_out(tmp_path, capsys):
+    (tmp_path / "zoo.toml").write_text(
+        '[[donor]]\nname = "a"\nfactory = "timm:test_resnet"\ninput_size = [3, 64, 64]\n'
+        '[[donor]]\nname = "b"\nfactory = "timm:mixer_s32_224"\ninput_size = [3, 224, 224]\n'
+    )
+    settings = resolve({"zoo": str(tmp_path / "zoo.toml")}, {}, None)
+    with pytest.raises(UsageError, match=r"sizes differ \(a \(3, 64, 64\), b \(3, 224, 224\)\): give --input-size"):
+        open_data(settings, load_zoo(settings, Console()), Console())
+    settings = settings.model_copy(update={"input_size": "64x64"})
+    zoo = load_zoo(settings, Console())
+    assert zoo.names == ("a",) and "donor b is left out: " in capsys.readouterr().err
+    assert open_data(settings, zoo, Console()).probe.images.shape[1:] == (64, 64, 3)
