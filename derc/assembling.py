@@ -32,7 +32,6 @@ from derc.recipe import Recipe, read_recipe
 from derc.store import Store
 from derc.summary import command_line
 from derc.target import Target
-from derc.workspace import check_once
 from derc.zoo import Zoo
 
 SOURCES = ("zoo", "checkpoint", "offline", "input_size", "data", "probe", "seed")
@@ -76,6 +75,7 @@ def assemble_bundle(path: Path, settings: CompileSettings, console: Console) -> 
     if settings.embedded_zoo:
         raise UsageError(f'the recipe {path} names no zoo: write zoo = "zoo.toml" on top of it, or give --zoo')
     bundle.check_output(settings.output)
+    Target.load(settings.target)  # an unknown one is refused before any donor is built
     recipe, made, store = open_recipe(path, settings, console)
     context = open_context(settings, made, store, console)
     console.say(f"assembling {made.assembly} …")
@@ -107,7 +107,7 @@ def open_recipe(path: Path, settings: CompileSettings, console: Console) -> tupl
     except UsageError as error:
         raise UsageError(f"recipe {path}, {error}") from error
     for donor in console.track(made.zoo.donors, "donors", len(made.zoo.donors)):
-        remark = check_once(store, donor)
+        remark = donor.check()
         if remark:
             console.say(f"donor {donor.name}: {remark}")
     return recipe, made, store

@@ -239,14 +239,14 @@ def _take(target: str, text: _Block, lowered: Lowered) -> str:
         mean, std = (tuple(round(float(v), 6) for v in t.flatten()) for t in (value.mean, value.std))
         text.weights |= {f"{name}.{key}": v for key, v in value.state_dict().items()}
         return f"self.{name} = Normalize(mean={mean}, std={std})"
-    made = f"self.{name} = {_expression(target, value, lowered)}"
+    if not isinstance(value, (nn.Module, nn.Parameter)):
+        text.weights[name] = value.detach()
+        return f'self.register_buffer("{name}", torch.zeros({tuple(value.shape)}, dtype={value.dtype}))'
     if isinstance(value, nn.Module):
         text.weights |= {f"{name}.{key}": v for key, v in value.state_dict().items()}
-        return made
-    text.weights[name] = value.detach()
-    if isinstance(value, nn.Parameter):
-        return made
-    return f'self.register_buffer("{name}", torch.zeros({tuple(value.shape)}, dtype={value.dtype}))'
+    else:
+        text.weights[name] = value.detach()
+    return f"self.{name} = {_expression(target, value, lowered)}"
 
 
 def _expression(target: str, value: Any, lowered: Lowered) -> str:
