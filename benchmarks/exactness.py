@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from derc.exporting import Chain, export
 from derc.ir import Graph
@@ -151,8 +152,8 @@ def _largest(got: torch.Tensor, want: torch.Tensor) -> str:
 
 def _train(lowered: Lowered, reference: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
     """One step of SGD on both under one seed: outputs, gradients, running statistics and weights must be equal."""
-    x = images(2, shape, seed=2)
     network = lowered.module.train()
+    x = images(2 if any(isinstance(m, _BatchNorm) for m in network.modules()) else 1, shape, seed=2)
     reference.train()
     blocks = compose(lowered).train()
     got = _step(blocks, network, x)

@@ -90,7 +90,7 @@ def _trace(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[ShapeT
     while True:
         tracer = ShapeTracer(input_shape, whole)
         try:
-            return tracer, tracer.trace(copy.deepcopy(module))
+            return tracer, tracer.trace(_copy(module))
         except ModeBranchError as branch:
             whole |= {branch.owner}
         except DercError as error:
@@ -98,6 +98,12 @@ def _trace(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[ShapeT
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
             where = place(error, tracer.failed, module)
             raise UsageError(f"it cannot be traced for input {input_shape}: {_first_line(error)}{where}") from error
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy that shares parameters and buffers, which tracing on fake tensors leaves alone."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
 
 
 def _check_signature(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "resnet": ("resnet18", {"channels": (8, 12, 16, 24), "stem_width": 8}),
     "regnet": ("regnetx_002", {}),
     "mobilenet": ("mobilenetv3_small_050", {}),
+    "ghostnet": ("ghostnet_050", {"drop_rate": 0.2}),
     "convnext": ("convnext_atto", {"dims": (8, 12, 16, 24), "depths": (1, 1, 2, 1)}),
     "vit": ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 4, "num_heads": 3, "img_size": 32, "patch_size": 4}),
     "registers": (
