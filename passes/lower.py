@@ -150,23 +150,25 @@ def localise_counts(graph: fx.Graph) -> None:
                 continue
             with graph.inserting_before(node):
                 local = _local_count(graph, anchor, count)
-            if local is not None:
-                node.replace_input_with(count, local)
+            if local:
+                node.replace_input_with(count, local[-1])
+            for part in local:
+                part.meta["counts_for"] = node.name
 
 
-def _local_count(graph: fx.Graph, anchor: fx.Node, count: fx.Node) -> fx.Node | None:
-    """`count` as size(anchor, 0) · p // q, or None where it is not proportional to the batch size."""
+def _local_count(graph: fx.Graph, anchor: fx.Node, count: fx.Node) -> list[fx.Node]:
+    """Nodes that make `count` as size(anchor, 0) · p // q, none where it is not proportional to the batch size."""
     small, large = count.meta["pair"]
     sizes = tuple(value.shape[0] for value in anchor.meta["pair"])
     if small * sizes[1] != large * sizes[0]:
-        return None
-    node = graph.call_method("size", (anchor, 0))
-    node.meta["pair"] = sizes
+        return []
+    nodes = [graph.call_method("size", (anchor, 0))]
+    nodes[0].meta["pair"] = sizes
     if small != sizes[0]:
-        node = graph.call_function(operator.mul, (node, small))
-        node = graph.call_function(operator.floordiv, (node, sizes[0]))
-        node.meta["pair"] = count.meta["pair"]
-    return node
+        nodes.append(graph.call_function(operator.mul, (nodes[0], small)))
+        nodes.append(graph.call_function(operator.floordiv, (nodes[1], sizes[0])))
+        nodes[2].meta["pair"] = count.meta["pair"]
+    return nodes
 
 
 def _insert_normalize(program: fx.GraphModule, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
@@ -181,11 +183,15 @@ def _insert_normalize(program: fx.GraphModule, mean: tuple[float, ...], std: tup
 def _calls(tracer: ShapeTracer, graph: fx.Graph) -> tuple[Call, ...]:
     """The submodule calls that can stand for the nodes they were traced into, outermost first."""
     alive = {node.name for node in graph.nodes}
+    counts: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        counts.setdefault(node.meta.get("counts_for", ""), []).append(node.name)
     images = next(node.name for node in graph.nodes if node.op == "placeholder")
     entry = next((node.name for node in graph.nodes if node.target == NORMALIZE), images)
     calls = []
     for record in tracer.records:
-        members = frozenset(name for name in record.members if name in alive)
+        inside = [name for name in record.members if name in alive]
+        members = frozenset(inside).union(*(counts.get(name, ()) for name in inside))
         if record.result in alive and record.argument in alive and tracer.times_called[record.path] == 1 and members:
             argument = entry if record.argument == images else record.argument
             calls.append(Call(record.path, argument, record.result, members))
