@@ -61,6 +61,8 @@ class Donor:
     def _built(self) -> tuple[nn.Module, str]:
         """The network, and what is to be said of its weights."""
         kwargs, remark = self.kwargs if self.native is None else self.native, ""
+        if self._library[0] == ONNX:
+            kwargs = {**kwargs, "input_size": self.input_size}
         module = make(self.name, self.factory, kwargs, self.folder)
         with naming(self.name):
             if self.weights is not None:

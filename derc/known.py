@@ -42,7 +42,7 @@ def of_file(factory: str, folder: Path, input_size: list[int] | None) -> Known:
 
     path = onnx_path(factory, folder)
     size = file.read(path).size(tuple(input_size) if input_size else None)
-    return Known(factory, kwargs={"input_size": list(size)}, input_size=size)
+    return Known(factory, input_size=size)
 
 
 def known(factory: str, folder: Path, offline: bool) -> Known:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from derc.donor import Donor
 from derc.errors import UsageError
+from derc.factories import ONNX
 from derc.resampling import options
 
 
@@ -39,6 +40,8 @@ def at_size(donor: Donor, size: tuple[int, ...]) -> Donor:
         raise SizeError(f"it takes {wanted[0]} channels, not {size[0]}")
     if donor.input_size == wanted:
         return donor
+    if donor.factory.startswith(f"{ONNX}:"):
+        return _file_at_size(donor, wanted)
     bare = replace(donor, weights=None, pretrained=False, input_size=wanted)
     module = bare.build()
     reasons = []
@@ -55,6 +58,16 @@ def at_size(donor: Donor, size: tuple[int, ...]) -> Donor:
         except UsageError as error:
             reasons.append(_reason(error))
     raise SizeError(next((reason for reason in reasons if "resample" in reason), reasons[0]))
+
+
+def _file_at_size(donor: Donor, size: tuple[int, int, int]) -> Donor:
+    """The ONNX file's network at `size`, where the file leaves it open."""
+    try:
+        found = replace(donor, input_size=size)
+        found.check()
+    except UsageError as error:
+        raise SizeError(_reason(error)) from error
+    return found
 
 
 def _reason(error: UsageError) -> str:

@@ -165,7 +165,20 @@ class Builder:
                 values.append(self._run(kind, target, args, kwargs, which))
         node = self.graph.create_node(kind, target, args, kwargs)
         node.meta["values"] = tuple(values)
+        self._inherit(node)
         return node
+
+    def _inherit(self, node: fx.Node) -> None:
+        """Note where the images lie inside of an axis, as an operand of the same axis does."""
+        for operand in node.all_input_nodes:
+            inner = operand.meta.get("inner", 1)
+            if inner > 1 and isinstance(node.meta["values"][0], torch.Tensor):
+                sizes = [self._varying_sizes(value) for value in (operand, node)]
+                if sizes[0] == sizes[1]:
+                    node.meta["inner"] = inner
+
+    def _varying_sizes(self, node: fx.Node) -> list[list[int]]:
+        return [[shape[axis] for shape in self.shapes(node)] for axis in self.varying(node)]
 
     def _run(self, kind: str, target: Any, args: Any, kwargs: Any, which: int) -> Any:
         args = fx.node.map_arg(args, lambda node: node.meta["values"][which])

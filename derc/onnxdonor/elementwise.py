@@ -51,17 +51,23 @@ UNARY: dict[str, Callable[..., Any]] = {
 }
 ARITHMETIC: dict[str, Callable[..., Any]] = {"Add": plain.add, "Sub": plain.sub, "Mul": plain.mul}
 """Functions that take a number on either side."""
-BINARY: dict[str, Callable[..., Any]] = {
-    "And": torch.logical_and,
+COMPARISONS: dict[str, Callable[..., Any]] = {
     "Equal": torch.eq,
     "Greater": torch.gt,
     "GreaterOrEqual": torch.ge,
     "Less": torch.lt,
     "LessOrEqual": torch.le,
+}
+"""Functions that take a number on the right side."""
+CHAINED: dict[str, Callable[..., Any]] = {
+    "And": torch.logical_and,
+    "Max": torch.maximum,
+    "Min": torch.minimum,
     "Or": torch.logical_or,
+    "Sum": plain.add,
     "Xor": torch.logical_xor,
 }
-VARIADIC: dict[str, Callable[..., Any]] = {"Max": torch.maximum, "Min": torch.minimum, "Sum": plain.add}
+"""Functions of two tensors, one after the other where there are more."""
 REDUCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceLogSumExp": torch.logsumexp,
     "ReduceMax": torch.amax,
@@ -88,21 +94,21 @@ def _arithmetic(net: Builder, op: Operator) -> fx.Node:
     return net.call(ARITHMETIC[op.kind], net.operand(op, 0), net.operand(op, 1))
 
 
-def _binary(net: Builder, op: Operator) -> fx.Node:
-    return net.call(BINARY[op.kind], net.tensor(op, 0), net.operand(op, 1))
+def _compare(net: Builder, op: Operator) -> fx.Node:
+    return net.call(COMPARISONS[op.kind], net.tensor(op, 0), net.operand(op, 1))
 
 
-def _variadic(net: Builder, op: Operator) -> fx.Node:
+def _chain(net: Builder, op: Operator) -> fx.Node:
     total = net.tensor(op, 0)
     for index in range(1, len(op.node.input)):
-        total = net.call(VARIADIC[op.kind], total, net.tensor(op, index))
+        total = net.call(CHAINED[op.kind], total, net.tensor(op, index))
     return total
 
 
 OPERATORS.update(dict.fromkeys(UNARY, _unary))
 OPERATORS.update(dict.fromkeys(ARITHMETIC, _arithmetic))
-OPERATORS.update(dict.fromkeys(BINARY, _binary))
-OPERATORS.update(dict.fromkeys(VARIADIC, _variadic))
+OPERATORS.update(dict.fromkeys(COMPARISONS, _compare))
+OPERATORS.update(dict.fromkeys(CHAINED, _chain))
 
 
 @operator("Mean")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,24 @@ def build(path: Path, input_size: Sequence[int] | None = None) -> OnnxNetwork:
     """
     file = read(path)
     builder = Builder(file, file.size(tuple(input_size) if input_size else None))
-    for node in file.model.graph.node:
-        if not all(name in builder.values for name in node.output if name):
-            _convert(builder, Operator(node, file.opsets.get("" if node.domain == "ai.onnx" else node.domain, 1)))
+    with _quiet():
+        for node in file.model.graph.node:
+            if not all(name in builder.values for name in node.output if name):
+                _convert(builder, Operator(node, file.opsets.get("" if node.domain == "ai.onnx" else node.domain, 1)))
     network = OnnxNetwork(builder.root, _finished(builder), class_name="OnnxNetwork").eval()
     check_parity(network, builder)
     return network
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from writing a traceback where shapes do not fit: that becomes an error of one sentence."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def opaque_nodes(network: torch.nn.Module) -> list[OnnxNode]:
@@ -106,7 +120,7 @@ def _finished(builder: Builder) -> fx.Graph:
     if not isinstance(output, fx.Node):
         raise UsageError(f"{path} gives a constant, whatever the images are: check the file")
     shapes = builder.shapes(output)
-    if not shapes[0] or any(s[0] * 1 != shapes[0][0] * f for s, f in zip(shapes, FACTORS, strict=True)):
+    if not shapes[0] or any(s[0] != builder.batch * f for s, f in zip(shapes, FACTORS, strict=True)):
         raise UsageError(f"{path} does not give one row for each image: export it with a free batch axis")
     builder.graph.output(output)
     builder.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))

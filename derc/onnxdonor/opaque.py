@@ -21,6 +21,8 @@ from derc.onnxdonor.values import Operator
 
 Types = tuple[tuple[tuple[int, ...], str], ...]
 """Shape and dtype of each of several arrays."""
+SIZED_BY_DATA = ("NonMaxSuppression", "NonZero", "Unique", "Compress")
+_SIZED = "{path}: the size of what the operator {op} gives depends on the images: cut the network before it"
 IR_VERSION = 10
 """Of models with a single operator: what every supported runtime reads."""
 
@@ -120,6 +122,8 @@ class OnnxNode(nn.Module):
 
 def opaque(net: Builder, op: Operator) -> list[fx.Node]:
     """The operator as a module; raises UsageError where no runtime computes it, or its shape hangs on the data."""
+    if op.node.op_type in SIZED_BY_DATA:
+        raise UsageError(_SIZED.format(path=net.file.path, op=op))
     names = list(op.node.input)
     constants, given = {}, []
     for place in [place for place, name in enumerate(names) if name]:
@@ -181,5 +185,5 @@ def _checked(
             f"({lines[0][:200]}): leave the donor out"
         ) from error
     if len(set(shapes)) > 1:
-        raise UsageError(f"{net.file.path}: the size of what {op} gives depends on the images: leave the donor out")
+        raise UsageError(_SIZED.format(path=net.file.path, op=op))
     return module

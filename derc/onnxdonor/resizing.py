@@ -64,24 +64,25 @@ def _resized(net: Builder, op: Operator, x: fx.Node) -> tuple[list[int], list[fl
 
 
 def _nearest(before: int, after: int, scale: float, place: str, rounding: str) -> Any:
-    """The old position that each new one takes its value from."""
-    x = np.arange(after, dtype=np.float64)
+    """The old position that each new one takes its value from, in float32 as runtimes do: ties depend on it."""
+    half, zero, step = np.float32(0.5), np.zeros(1, np.float32), np.float32(scale)
+    x = np.arange(after, dtype=np.float32)
     match place:
         case "half_pixel":
-            x = (x + 0.5) / scale - 0.5
+            x = (x + half) / step - half
         case "pytorch_half_pixel":
-            x = (x + 0.5) / scale - 0.5 if after > 1 else np.zeros(1)
+            x = (x + half) / step - half if after > 1 else zero
         case "asymmetric":
-            x = x / scale
+            x = x / step
         case "align_corners":
-            x = x * (before - 1) / (after - 1) if after > 1 else np.zeros(1)
+            x = x * np.float32(before - 1) / np.float32(after - 1) if after > 1 else zero
         case _:
             raise UnsupportedError(f"nearest neighbours by {place}")
     match rounding:
         case "round_prefer_floor":
-            x = np.ceil(x - 0.5)
+            x = np.ceil(x - half)
         case "round_prefer_ceil":
-            x = np.floor(x + 0.5)
+            x = np.floor(x + half)
         case "floor":
             x = np.floor(x)
         case _:

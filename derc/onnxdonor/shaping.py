@@ -45,9 +45,13 @@ def reshape(net: Builder, op: Operator) -> fx.Node:
 def _regrouped(net: Builder, op: Operator, x: fx.Node, target: list[int]) -> fx.Node:
     """The tensor in the shape `target`, which is for the file's own batch size, for any batch size."""
     sizes: list[Size] = list(target)
-    if net.varying(x):
-        sizes[_outermost(net, op, x, target)] = -1
-    return net.method("reshape", x, sizes)
+    if not net.varying(x):
+        return net.method("reshape", x, sizes)
+    place, inner = _images_axis(net, op, x, target)
+    sizes[place] = -1
+    y = net.method("reshape", x, sizes)
+    y.meta["inner"] = inner
+    return y
 
 
 def _inferred(net: Builder, shapes: list[list[int]]) -> list[Size]:
@@ -67,13 +71,27 @@ def _resolve(shape: tuple[int, ...], wanted: list[int], *, copies: bool) -> list
     return found
 
 
-def _outermost(net: Builder, op: Operator, x: fx.Node, target: list[int]) -> int:
-    """The axis of `target` that the images of a fixed batch lie along: as many elements are before it as in `x`."""
+def _images_axis(net: Builder, op: Operator, x: fx.Node, target: list[int]) -> tuple[int, int]:
+    """The axis of `target` that the images of a fixed batch lie along, and how much of it lies outside of them.
+
+    As many elements are before the images as in `x`. An axis of their own comes first; next they join the axis before,
+    where that after is not split (T, N, C → T·N, C); else the one after (T, N, C → T, N·heads, C / heads).
+    """
+    shape, batch = net.shape(x), net.batch
     axis = net.varying(x)[0]
-    before = prod(net.shape(x)[:axis])
-    for place in range(len(target)):
-        if prod(target[:place]) == before and target[place] % net.batch == 0:
-            return place
+    outside = prod(shape[:axis]) * x.meta.get("inner", 1)
+    starts = [place for place in range(len(target)) if prod(target[:place]) == outside]
+    for place in starts:
+        if target[place] == batch:
+            return place, 1
+    next_size = shape[axis + 1] if axis + 1 < len(shape) else 1
+    for place in range(1, len(target) + 1):
+        whole = place == len(target) or target[place] >= next_size
+        if outside > 1 and whole and prod(target[:place]) == outside * batch:
+            return place - 1, target[place - 1] // batch
+    for place in starts:
+        if target[place] % batch == 0:
+            return place, 1
     raise UnsupportedError(f"{op} mixes the images of a batch with other axes")
 
 
