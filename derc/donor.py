@@ -64,6 +64,10 @@ class Donor:
         if self._library[0] == ONNX:
             kwargs = {**kwargs, "input_size": self.input_size}
         module = make(self.name, self.factory, kwargs, self.folder)
+        if self._library[0] == ONNX:
+            from derc.onnxdonor.network import remark_of
+
+            remark = remark_of(module)
         with naming(self.name):
             if self.weights is not None:
                 remark = load_into(module, self.weights, self.drop, lambda state: self._rename(state, kwargs))

@@ -65,6 +65,16 @@ def opaque_nodes(network: torch.nn.Module) -> list[OnnxNode]:
     return [module for module in network.modules() if isinstance(module, OnnxNode)]
 
 
+def remark_of(network: torch.nn.Module) -> str:
+    """What is to be said of a donor whose blocks cannot all be written as PyTorch; empty where they can."""
+    kinds = sorted({node.kind for node in opaque_nodes(network)})
+    return (
+        f"{', '.join(kinds)} has no PyTorch form: blocks with it are compared and profiled, not emitted"
+        if kinds
+        else ""
+    )
+
+
 def _convert(builder: Builder, op: Operator) -> None:
     """Add one operator; raises UsageError naming it where that cannot be done."""
     path = builder.file.path
