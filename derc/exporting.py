@@ -8,10 +8,13 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from typing import Any
 
 import onnx
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from derc.errors import DercError, UsageError
 from derc.mode import in_eval
@@ -49,6 +52,24 @@ class Parallel(nn.Module):
         return tuple(part(x) for part, x in zip(self.parts, inputs, strict=True))
 
 
+class FlatAttention(TorchFunctionMode):
+    """Attention over more than four axes (windows of windows) on four, the only number that the exporter knows."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is not F.scaled_dot_product_attention or args[0].dim() <= 4:
+            return func(*args, **given)
+        query, key, value, *rest = args
+        mask = rest[0] if rest else given.get("attn_mask")
+        if mask is not None:
+            mask = mask.expand(*query.shape[:-1], key.shape[-2]).flatten(0, -4)
+        given = {**given, "attn_mask": mask}
+        flat = func(query.flatten(0, -4), key.flatten(0, -4), value.flatten(0, -4), *rest[1:], **given)
+        return flat.unflatten(0, query.shape[:-3])
+
+
 def versions() -> dict[str, str]:
     """What can change an export besides the network and derc's own code."""
     return {name: version(name) for name in ("torch", "onnx", "onnxscript")} | {"opset": str(OPSET)}
@@ -71,7 +92,7 @@ def export(
     given = examples if isinstance(examples, tuple) else (examples,)
     inputs = tuple(x.clone() for x in given)  # torch makes one input of a tensor that is given twice
     try:
-        with in_eval(module), _quiet(), torch.no_grad():
+        with in_eval(module), _quiet(), torch.no_grad(), FlatAttention():
             program = torch.onnx.export(
                 module,
                 inputs,

@@ -86,6 +86,7 @@ def _trace(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[ShapeT
     """Trace a copy, anew with every type of module that turns out to branch on its training mode kept whole."""
     _check_signature(module)
     check_hooks(module, "")
+    _warm_up(module, input_shape)
     whole: frozenset[type] = frozenset()
     while True:
         tracer = ShapeTracer(input_shape, whole)
@@ -98,6 +99,18 @@ def _trace(module: nn.Module, input_shape: tuple[int, int, int]) -> tuple[ShapeT
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
             where = place(error, tracer.failed, module)
             raise UsageError(f"it cannot be traced for input {input_shape}: {_first_line(error)}{where}") from error
+
+
+def _warm_up(module: nn.Module, input_shape: tuple[int, int, int]) -> None:
+    """Run once on real tensors: some libraries cache what they compute, and would keep the tracer's fake ones."""
+    try:
+        with torch.no_grad():
+            module(torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0)))
+    except Exception as error:  # a network of any origin may raise anything
+        where = place(error, None, module)
+        raise UsageError(
+            f"it cannot be traced, for it does not run at {input_shape}: {_first_line(error)}{where}"
+        ) from error
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -180,3 +180,24 @@ def test_inner_graphs_take_along_what_they_capture():
     graph = onnx.load_from_string(model).graph
     assert [node.op_type for node in graph.node] == ["Exp", "If"]
     np.testing.assert_allclose(run(model, np.array([1, 1], np.float32)), 2 * np.exp([1.0, 2.0]), rtol=1e-6)
+
+
+class Windows(nn.Module):
+    """Attention in windows of a batch, on five axes, with a mask of each kind."""
+
+    def __init__(self, mask: torch.Tensor | None) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x.reshape(x.shape[0], 4, 6, 2, 8).transpose(2, 3)
+        return nn.functional.scaled_dot_product_attention(q, q.flip(-1), q + 1, attn_mask=self.mask, scale=0.5)
+
+
+@pytest.mark.parametrize("shape", [None, (6, 6), (4, 1, 6, 6), (1, 4, 2, 6, 6)])
+def test_attention_over_five_axes_exports(shape):
+    torch.manual_seed(0)
+    module = Windows(None if shape is None else torch.randn(shape))
+    x = torch.rand(3, 4 * 6, 16)
+    want = module(x)
+    np.testing.assert_allclose(run(export(module, x, ("output",)), x.numpy()), want, atol=1e-6)
