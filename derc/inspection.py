@@ -73,6 +73,10 @@ def _plain(lowered: Lowered) -> dict[str, Any]:
         "macs": lowered.graph.macs,
         "cuts": [{"value": cut.name, "path": paths[cut.name], "type": type_text(cut.type)} for cut in lowered.cuts],
         "units": [asdict(unit) for unit in lowered.units],
+        "remarks": [
+            *(f"no cut between {tie.ops[0]} and {tie.ops[-1]}: they share {tie.weight}" for tie in lowered.graph.ties),
+            *(f"{name}: {text}" for name, text in lowered.graph.notes.items()),
+        ],
     }
 
 
@@ -111,7 +115,7 @@ def _donor_lines(name: str, donor: dict[str, Any]) -> list[str]:
         unit = donor["units"][index - 1] if index else None
         costs = f"{unit['params'] / 1e6:8.3f} M {unit['macs'] / 1e9:8.4f} G" if unit else " " * 21
         lines.append(f"  {index:>3}  {costs}  {cut['type']:<44}  {cut['path']}")
-    return lines
+    return lines + [f"       {remark}" for remark in donor["remarks"]]
 
 
 def show_partition(settings: CompileSettings, console: Console) -> Shown:

@@ -68,3 +68,33 @@ def test_a_preset_needs_images_and_headless_donors_give_features(tmp_path):
     network = timm.create_model("vit_small_patch16_224.dino").eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 384)
+
+
+SHARED = """
+import torch
+from torch import nn
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.two(torch.relu(self.one(x))))
+        x = torch.relu(self.two(torch.relu(self.three(x))))
+        return self.head(x.mean((2, 3)))
+
+def make():
+    return Twice()
+"""
+
+
+def test_weights_that_forbid_a_cut_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("DERC_CACHE", str(tmp_path / "store"))
+    (tmp_path / "sharing_package.py").write_text(SHARED)
+    text = '[[donor]]\nname = "twice"\nfactory = "sharing_package:make"\ninput_size = [3, 8, 8]\n'
+    (tmp_path / "zoo.toml").write_text(text)
+    plain, shown = show_zoo(resolve({"zoo": str(tmp_path / "zoo.toml")}, {}, None), Console(quiet=True))
+    assert len(plain["donors"]["twice"]["remarks"]) == 2
+    assert "no cut between two and two_1: they share two.weight" in shown
