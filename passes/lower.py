@@ -114,8 +114,9 @@ def _warm_up(module: nn.Module, input_shape: tuple[int, int, int]) -> None:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A copy that shares parameters and buffers, which tracing on fake tensors leaves alone."""
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    """A copy that shares the weights' storage, which tracing on fake tensors leaves alone, and needs no gradients."""
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
+    shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, shared)
 
 

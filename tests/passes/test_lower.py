@@ -120,3 +120,28 @@ def test_block_bounds_are_checked():
     for first, last in ((1, 1), (-1, 2), (0, 99)):
         with pytest.raises(UsageError, match="units"):
             lowered.block(first, last)
+
+
+class Latent(nn.Module):
+    """Pools by attention from a learnt query, which is projected without looking at the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.query = nn.Parameter(torch.zeros(1, 1, 8))
+        self.project = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        query = self.project(self.query.expand(x.shape[0], -1, -1))
+        x = nn.functional.scaled_dot_product_attention(query, x, x)
+        return self.head(x[:, 0])
+
+
+def test_learnt_queries_that_do_not_see_the_image_are_lowered():
+    network = Latent().eval()
+    lowered = derc.lower(network, (3, 8, 8))
+    x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(compose(lowered, x), network(x))
