@@ -213,6 +213,8 @@ class Builder:
         parts = [part for part in re.sub(r"[^\w.]+", "_", hint).split(".") if part.strip("_")] or ["constant"]
         path = ".".join(f"{part}_" if hasattr(fx.GraphModule, part) or part == "training" else part for part in parts)
         path = f"part{path}" if path[0].isdigit() else path
+        if not self.leaves.isdisjoint(_above(path)):
+            path = path.replace(".", "_")
         found, number = path, 0
         while self._taken(found):
             number += 1
@@ -220,10 +222,14 @@ class Builder:
         return found
 
     def _taken(self, path: str) -> bool:
-        parts, flat = path.split("."), path.replace(".", "_")
-        above = {".".join(parts[: end + 1]) for end in range(len(parts))}
-        near = any(leaf.startswith(f"{path}.") or leaf.replace(".", "_") == flat for leaf in self.leaves)
-        return near or not above.isdisjoint(self.leaves)
+        flat = path.replace(".", "_")
+        return any(leaf.startswith(f"{path}.") or leaf.replace(".", "_") == flat for leaf in self.leaves)
+
+
+def _above(path: str) -> set[str]:
+    """The dotted paths that contain `path`."""
+    parts = path.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
 
 
 def check_batch(builder: Builder, op: Operator, node: fx.Node, axes: Sequence[int]) -> None:

@@ -68,11 +68,7 @@ def opaque_nodes(network: torch.nn.Module) -> list[OnnxNode]:
 def remark_of(network: torch.nn.Module) -> str:
     """What is to be said of a donor whose blocks cannot all be written as PyTorch; empty where they can."""
     kinds = sorted({node.kind for node in opaque_nodes(network)})
-    return (
-        f"{', '.join(kinds)} has no PyTorch form: blocks with it are compared and profiled, not emitted"
-        if kinds
-        else ""
-    )
+    return f"{', '.join(kinds)}: no PyTorch form, so blocks with it are profiled but not emitted" if kinds else ""
 
 
 def _convert(builder: Builder, op: Operator) -> None:

@@ -80,10 +80,19 @@ def short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+def _alone(op: Operator, inputs: Mapping[str, Known], opsets: Mapping[str, int]) -> onnx.ModelProto:
+    """A model of the one operator, in the version that the file has it in."""
+    graph = onnx.GraphProto(name=op.kind, node=[op.node])
+    graph.input.extend(onnx.ValueInfoProto(name=name) for name in inputs)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in op.node.output if name)
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    return onnx.helper.make_model(graph, opset_imports=imports)
+
+
 def folded(op: Operator, inputs: Mapping[str, Known], opsets: Mapping[str, int]) -> list[Known] | None:
     """What an operator makes of constants; None where it is no number, or its size depends on the batch's."""
     try:
-        evaluator = ReferenceEvaluator(op.node, opsets=dict(opsets))
+        evaluator = ReferenceEvaluator(_alone(op, inputs, opsets))
         fixed = all(value.fixed for value in inputs.values())
         runs: list[Any] = []
         for which in range(1 if fixed else len(FACTORS)):

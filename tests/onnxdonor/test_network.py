@@ -198,3 +198,17 @@ def test_a_wrong_translation_is_caught_and_named(tmp_path, monkeypatch):
     monkeypatch.setitem(OPERATORS, "Sub", lambda net, op: net.call(torch.add, net.tensor(op, 0), net.tensor(op, 1)))
     with pytest.raises(ParityError, match=r"from the operator Sub \(wrong\) on"):
         build(path)
+
+
+def test_names_that_lie_in_one_another_stay_apart(tmp_path):
+    names = ("a", "a.b", "a_b", "a.b.c", "0", "training", "forward.x", "::weird//name")
+    nodes, value = [], "x"
+    for number, name in enumerate(names):
+        nodes.append(helper.make_node("Mul", [value, name], ["y" if name == names[-1] else f"v{number}"]))
+        value = nodes[-1].output[0]
+    weights = {name: normal(number, 3, 1, 1) for number, name in enumerate(names)}
+    donor, lowered = lowered_donor(saved(model(nodes, weights, shape=("n", 3, 32, 32)), tmp_path))
+    x = images(2)
+    with torch.no_grad():
+        assert torch.equal(realise(printed(donor, lowered))(x), lowered.module(x))
+    assert len(lowered.module.state_dict()) == len(names)
