@@ -126,19 +126,20 @@ class Builder:
         """Axes whose size depends on the batch size."""
         return [axis for axis, sizes in enumerate(zip(*self.shapes(node), strict=True)) if len(set(sizes)) > 1]
 
-    def sizes(self, dims: Sequence[Sequence[int]]) -> list[Size]:
-        """Sizes given for each of FACTORS as numbers, or as multiples of the batch size."""
-        return [self.count(list(sizes)) for sizes in zip(*dims, strict=True)]
+    def sizes(self, dims: Sequence[Sequence[int]], source: fx.Node | None = None) -> list[Size]:
+        """Sizes given for each of FACTORS as numbers, or as multiples of the batch size, which `source` tells."""
+        return [self.count(list(sizes), source or self.images) for sizes in zip(*dims, strict=True)]
 
-    def count(self, sizes: list[int]) -> Size:
-        """One size, given for each of FACTORS."""
+    def count(self, sizes: list[int], source: fx.Node) -> Size:
+        """One size, given for each of FACTORS; asked of a tensor near by, so that it ties no distant parts together."""
         if len(set(sizes)) == 1:
             return int(sizes[0])
         if any(size != sizes[0] * factor for size, factor in zip(sizes, FACTORS, strict=True)):
             raise UnsupportedError("a size is not in proportion to the batch size")
-        found: fx.Node = self.method("size", self.images, 0)
-        if sizes[0] != self.batch:
-            found = self.call(operator.floordiv, self.call(operator.mul, found, int(sizes[0])), self.batch)
+        axis = next(iter(self.varying(source)), 0)
+        found, own = self.method("size", source, axis), self.shape(source)[axis]
+        if sizes[0] != own:
+            found = self.call(operator.floordiv, self.call(operator.mul, found, int(sizes[0])), own)
         return found
 
     # what the network does

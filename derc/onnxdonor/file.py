@@ -17,6 +17,8 @@ OLDEST_OPSET = 7
 CONTROL = ("If", "Loop", "Scan")
 RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+MOST_CHANNELS = 4
+"""Images that have more channels than this, and no more columns, are taken to have their channels last."""
 TENSOR_FLOAT = onnx.TensorProto.FLOAT
 
 
@@ -38,7 +40,7 @@ class OnnxFile:
     def size(self, wanted: tuple[int, ...] | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the images: the file's, with `wanted` where it leaves an axis open.
 
-        Raises UsageError where an axis stays open, or is fixed to another size than `wanted`.
+        Raises UsageError where an axis stays open, is fixed to another size than `wanted`, or the channels are last.
         """
         if wanted is None:
             if None in self.shape[1:]:
@@ -49,6 +51,11 @@ class OnnxFile:
             if len(wanted) != 3 or not all(fixed):
                 raise UsageError(f"{self.path} takes images {list(self.shape[1:])}, not {list(wanted)} (input_size)")
             found = tuple(wanted)
+        if found[0] > MOST_CHANNELS >= found[2]:
+            raise UsageError(
+                f"{self.path} takes images {list(found)} with their channels last: convert it with channels first "
+                "(tf2onnx --inputs-as-nchw)"
+            )
         return found[0], found[1], found[2]
 
 

@@ -113,11 +113,13 @@ def _made(builder: Builder, op: Operator) -> Sequence[Known | fx.Node]:
 
 def _shape(builder: Builder, op: Operator) -> Known:
     """A tensor's shape, or a part of it, or its number of elements."""
-    span = slice(op.get("start", 0), op.get("end"))
-    shapes = [np.array(shape, np.int64) for shape in builder.shapes(builder.tensor(op, 0))]
+    x, span = builder.tensor(op, 0), slice(op.get("start", 0), op.get("end"))
+    shapes = [np.array(shape, np.int64) for shape in builder.shapes(x)]
     if op.kind == "Size":
-        return Known(tuple(np.array(shape.prod(), np.int64) for shape in shapes))
-    return Known(tuple(shape[span] for shape in shapes))
+        shapes = [np.array(shape.prod(), np.int64) for shape in shapes]
+    else:
+        shapes = [shape[span] for shape in shapes]
+    return Known(tuple(shapes), source=x)
 
 
 def _finished(builder: Builder) -> fx.Graph:

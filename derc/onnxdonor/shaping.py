@@ -39,7 +39,7 @@ def reshape(net: Builder, op: Operator) -> fx.Node:
         resolved.append(_resolve(shape, wanted.tolist(), copies=not op.get("allowzero", 0)))
     if target.fixed and not net.free:
         return _regrouped(net, op, x, resolved[0])
-    return net.method("reshape", x, _inferred(net, resolved))
+    return net.method("reshape", x, _inferred(net, resolved, x))
 
 
 def _regrouped(net: Builder, op: Operator, x: fx.Node, target: list[int]) -> fx.Node:
@@ -54,12 +54,12 @@ def _regrouped(net: Builder, op: Operator, x: fx.Node, target: list[int]) -> fx.
     return y
 
 
-def _inferred(net: Builder, shapes: list[list[int]]) -> list[Size]:
+def _inferred(net: Builder, shapes: list[list[int]], source: fx.Node) -> list[Size]:
     """Sizes where the one that depends on the batch size is left to torch."""
     differ = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     if len(differ) == 1:
         return [-1 if axis == differ[0] else size for axis, size in enumerate(shapes[0])]
-    return net.sizes(shapes)
+    return net.sizes(shapes, source)
 
 
 def _resolve(shape: tuple[int, ...], wanted: list[int], *, copies: bool) -> list[int]:
@@ -101,7 +101,7 @@ def flatten(net: Builder, op: Operator) -> fx.Node:
     axis = axis % net.rank(x) if axis < 0 else axis
     if axis == 1:
         return net.call(torch.flatten, x, 1)
-    return net.method("reshape", x, _inferred(net, [[prod(s[:axis]), prod(s[axis:])] for s in net.shapes(x)]))
+    return net.method("reshape", x, _inferred(net, [[prod(s[:axis]), prod(s[axis:])] for s in net.shapes(x)], x))
 
 
 @operator("Transpose")
@@ -233,7 +233,7 @@ def expand(net: Builder, op: Operator) -> fx.Node:
     x, target = net.tensor(op, 0), net.known(op, 1)
     before = net.shapes(x)
     after = [np.broadcast_shapes(s, tuple(t.tolist())) for s, t in zip(before, _fitting(net, x, target), strict=True)]
-    sizes = net.sizes(after)
+    sizes = net.sizes(after, target.source)
     offset = len(after[0]) - len(before[0])
     for axis, size in enumerate(before[0]):
         if size == after[0][axis + offset] and axis in net.varying(x):
@@ -258,14 +258,15 @@ def filled(net: Builder, op: Operator) -> fx.Node:
     number = 0.0 if value is None else float(np.frombuffer(value.raw_data, np.float32)[0]) if value.raw_data else None
     if value is not None and (value.data_type != 1 or number is None):
         raise UnsupportedError(f"{op} fills with something else than float32")
-    return net.call(torch.full, net.sizes([a.tolist() for a in net.known(op, 0).arrays]), number)
+    shape = net.known(op, 0)
+    return net.call(torch.full, net.sizes([array.tolist() for array in shape.arrays], shape.source), number)
 
 
 @operator("Tile")
 def tile(net: Builder, op: Operator) -> fx.Node:
     x, repeats = net.tensor(op, 0), net.known(op, 1)
     check_batch(net, op, x, [axis for axis, times in enumerate(repeats.arrays[0].tolist()) if times != 1])
-    return net.method("repeat", x, net.sizes([array.tolist() for array in repeats.arrays]))
+    return net.method("repeat", x, net.sizes([array.tolist() for array in repeats.arrays], repeats.source))
 
 
 @operator("Trilu")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
+from torch import fx
 
 from derc.artifacts import Array
 
@@ -26,11 +27,12 @@ class UnsupportedError(Exception):
 class Known:
     """A value that does not depend on the images: one array for each of FACTORS.
 
-    `weight` names the initializer that a floating-point one is from.
+    `weight` names the initializer that a floating-point one is from, `source` is the tensor whose shape one is from.
     """
 
     arrays: tuple[Array, ...]
     weight: str = ""
+    source: fx.Node | None = None
 
     @classmethod
     def constant(cls, array: Array, weight: str = "") -> Known:
@@ -100,10 +102,11 @@ def folded(op: Operator, inputs: Mapping[str, Known], opsets: Mapping[str, int])
     except Exception:  # noqa: BLE001  the reference lacks operators, and says so in many ways
         return None
     weight = next((value.weight for value in inputs.values() if value.weight), "")
+    source = next((value.source for value in inputs.values() if value.source is not None), None)
     found = []
     for arrays in zip(*(runs * len(FACTORS) if fixed else runs), strict=True):
         arrays = tuple(np.asarray(array) for array in arrays)
-        value = Known(arrays, weight if arrays[0].dtype.kind == "f" else "")
+        value = Known(arrays, weight if arrays[0].dtype.kind == "f" else "", source)
         if not value.fixed and (arrays[0].ndim > 1 or arrays[0].size > LARGEST_SHAPE or value.weight):
             return None
         found.append(value)

@@ -117,6 +117,7 @@ REFUSED = [
     (lambda: model([helper.make_node("Add", ["x", "z"], ["y"])], inputs=("x", "z")), r"has 2 inputs \(x, z\)"),
     (lambda: model([*RELU, helper.make_node("Exp", ["x"], ["e"])], outputs=("y", "e")), r"has 2 outputs \(y, e\)"),
     (lambda: model(RELU, shape=("n", 3, "h", "w")), "images of any size: give input_size"),
+    (lambda: model(RELU, shape=("n", 32, 32, 3)), "channels last"),
     (lambda: model(RELU, shape=("n", 16)), "takes 2 axes, not images"),
     (lambda: model(RELU, element=onnx.TensorProto.DOUBLE), "takes double, not float32"),
     (branches, r"control flow \(If\)"),

@@ -21,6 +21,7 @@ from derc.emitted import realise
 from derc.errors import ParityError
 from derc.onnxdonor.network import build, opaque_nodes
 from derc.onnxdonor.tables import OPERATORS
+from derc.passes.cut import dominators
 from derc.printing import print_network
 from tests.networks import images, make
 from tests.onnxdonor.models import integers, model, normal, saved
@@ -198,6 +199,25 @@ def test_a_wrong_translation_is_caught_and_named(tmp_path, monkeypatch):
     monkeypatch.setitem(OPERATORS, "Sub", lambda net, op: net.call(torch.add, net.tensor(op, 0), net.tensor(op, 1)))
     with pytest.raises(ParityError, match=r"from the operator Sub \(wrong\) on"):
         build(path)
+
+
+def test_a_late_token_ties_no_distant_parts_together(tmp_path):
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c1"]),
+        helper.make_node("Conv", ["c1", "w2"], ["c2"]),
+        helper.make_node("Conv", ["c2", "w2"], ["c3"]),
+        helper.make_node("Shape", ["c3"], ["s"]),
+        helper.make_node("Gather", ["s", "first"], ["n"]),
+        helper.make_node("Concat", ["n", "rest"], ["wide"], axis=0),
+        helper.make_node("Expand", ["token", "wide"], ["tokens"]),
+        helper.make_node("Concat", ["c3", "tokens"], ["joined"], axis=1),
+        helper.make_node("GlobalMaxPool", ["joined"], ["top"]),
+        helper.make_node("Flatten", ["top"], ["y"]),
+    ]
+    weights = {"w": normal(0, 4, 3, 8, 8), "w2": normal(1, 4, 4, 1, 1), "token": normal(2, 1, 2, 25, 25)}
+    made = model(nodes, weights | {"first": integers(0), "rest": integers(2, 25, 25)}, shape=("n", 3, 32, 32))
+    _, lowered = lowered_donor(saved(made, tmp_path))
+    assert {"c1", "c2"} <= {name.partition("_")[0] for name in dominators(lowered.graph)}
 
 
 def test_names_that_lie_in_one_another_stay_apart(tmp_path):
