@@ -199,7 +199,7 @@ def _print_block(index: int, block: BlockRef, lowered: Lowered) -> _Block:
         if node.op in ("call_module", "get_attr") and node.target != MODE:
             target = str(node.target)
             if target not in text.attributes:
-                text.attributes[target] = re.sub(r"\W", "_", target).removeprefix("_")
+                text.attributes[target] = _attribute(target, text.attributes.values())
                 taken.append(_take(target, text, lowered))
             node.target = text.attributes[target]
     code = graph.python_code("self")
@@ -219,6 +219,15 @@ def _print_block(index: int, block: BlockRef, lowered: Lowered) -> _Block:
         *_body(code.src),
     ]
     return text
+
+
+def _attribute(target: str, taken: Iterable[str]) -> str:
+    """A name for what lies at the path `target` of a donor, a valid one (`layer_0` for `0`) that is not yet taken."""
+    name = re.sub(r"\W", "_", target).removeprefix("_")
+    name = f"layer_{name}" if name[:1].isdigit() else name
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _body(source: str) -> list[str]:

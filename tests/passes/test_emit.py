@@ -13,10 +13,13 @@ import torch
 from derc import stitching
 from derc.artifacts import Assembly, BlockRef, StitchedAssembly
 from derc.assembled import assemble
+from derc.donor import Donor
 from derc.emitted import realise
 from derc.passes.emit import Emit
 from derc.passes.stitch import FitStitches
 from derc.printing import merged, print_network
+from derc.workspace import LiveDonors
+from derc.zoo import Zoo
 from tests.networks import FAMILIES
 from tests.world import make_context
 
@@ -84,3 +87,32 @@ def test_an_intact_donor_is_one_block(tmp_path):
     emitted = Emit().run(context, intact)
     assert emitted.source.count("class Block") == 1
     assert "class Stitch" not in emitted.source
+
+
+NUMBERED = """
+from torch import nn
+
+def make():
+    blocks = [nn.Sequential(nn.Conv2d(c, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()) for c in (3, 6, 6, 6)]
+    network = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    network.add_module("a_b", nn.Linear(4, 4))
+    network.add_module("a", nn.Sequential())
+    network.a.add_module("b", nn.Linear(4, 4))
+    return network
+"""
+
+
+def test_numbered_and_colliding_names_print_as_identifiers(tmp_path):
+    (tmp_path / "numbered_package.py").write_text(NUMBERED)
+    donor = Donor(name="numbered", factory="numbered_package:make", folder=tmp_path, input_size=(3, 8, 8))
+    lowered = LiveDonors(Zoo("own", (donor,)), 0.0)
+    units = len(lowered["numbered"].units)
+    printed = print_network(Assembly((BlockRef("numbered", 0, units, 0),)), {"numbered": donor}, lowered, ())
+    sys.path.insert(0, str(tmp_path))
+    try:
+        network = realise(printed)
+    finally:
+        sys.path.remove(str(tmp_path))
+    x = torch.rand(3, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(network(x), lowered["numbered"].module(x))
