@@ -105,7 +105,10 @@ KINDS = ("call_module", "call_function", "call_method", "get_attr", "block", "st
 
 @dataclass(frozen=True)
 class Tie:
-    """A weight, by its path, that several operations work on data with; no cut may part them."""
+    """A weight, by its path, that several operations work on data with, or a table that dropout draws for them all.
+
+    No cut may part the operations.
+    """
 
     weight: str
     ops: tuple[str, ...]

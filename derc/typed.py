@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from derc.errors import UsageError
 from derc.ir import Graph, Layout, Op, TensorType, Tie, Value, scaled
@@ -48,7 +49,7 @@ def typed_graph(program: fx.GraphModule, name: str, module: nn.Module) -> Graph:
 
 
 def _ties(program: fx.GraphModule) -> tuple[Tie, ...]:
-    """Parameters that more than one operation works on data with; tables that are made from them tie nothing."""
+    """Parameters that more than one operation works on data with; tables made from them tie nothing if not random."""
     uses: dict[int, dict[str, None]] = {}
     paths: dict[int, str] = {}
     named = {id(parameter): path for path, parameter in program.named_parameters(remove_duplicate=True)}
@@ -58,7 +59,31 @@ def _ties(program: fx.GraphModule) -> tuple[Tie, ...]:
         for parameter in _weights(program, node):
             uses.setdefault(id(parameter), {})[node.name] = None
             paths[id(parameter)] = named[id(parameter)]
-    return tuple(Tie(paths[key], tuple(ops)) for key, ops in uses.items() if len(ops) > 1)
+    ties = [Tie(paths[key], tuple(ops)) for key, ops in uses.items() if len(ops) > 1]
+    return (*ties, *_random_ties(program))
+
+
+def _random_ties(program: fx.GraphModule) -> list[Tie]:
+    """Tables that dropout works on before they meet the data: every block would draw its own."""
+    ties, drawn = [], dict[fx.Node, set[fx.Node]]()
+    for node in program.graph.nodes:
+        sources = set().union(*(drawn.get(operand, ()) for operand in node.all_input_nodes))
+        if node.op != "output" and not is_batched(node):
+            drawn[node] = sources | ({node} if _drops(program, node) else set())
+    for source in [node for node in drawn if node in drawn[node]]:
+        tables = [table for table, sources in drawn.items() if source in sources]
+        users = {user.name: None for table in tables for user in table.users if is_batched(user)}
+        if len(users) > 1:
+            ties.append(Tie(target_name(source), tuple(users)))
+    return ties
+
+
+def _drops(program: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is random in training: dropout, or a module that has some."""
+    if node.op != "call_module":
+        return "dropout" in target_name(node)
+    parts = program.get_submodule(str(node.target)).modules()
+    return any(isinstance(part, _DropoutNd) and part.p > 0 for part in parts)
 
 
 def _weights(program: fx.GraphModule, node: fx.Node) -> list[nn.Parameter]:

@@ -264,3 +264,34 @@ def test_frozen_parts_stay_frozen():
     lowered.block(0, len(lowered.units))
     assert network.training and network[3].training
     assert not network[1].training
+
+
+class Table(Stem):
+    """Two blocks add one table, which is made from a parameter, with or without dropout."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.rand(1, 8, 1, 1))
+        self.drop = nn.Dropout(p)
+        self.three, self.four = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        table = self.drop(torch.sigmoid(self.table))
+        x = torch.relu(self.three(self.features(x)) + table)
+        x = torch.relu(self.four(x) + table)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_table_ties_its_users_only_where_it_is_random(p):
+    network, reference = Table(p), Table(p)
+    reference.load_state_dict(network.state_dict())
+    lowered = lower(network.train(), (3, 8, 8))
+    lowered = lowered.with_cuts(find_cuts(lowered.graph, 0.0))
+    assert [tie.weight for tie in lowered.graph.ties] == (["drop"] if p else [])
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    blocks = nn.Sequential(*(lowered.block(i, i + 1) for i in range(len(lowered.units)))).train()
+    torch.manual_seed(1)
+    got = blocks(x)
+    torch.manual_seed(1)
+    assert torch.equal(got, reference.train()(x))
