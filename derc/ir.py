@@ -100,6 +100,8 @@ class Op:
     bytes: int = 0
 
 
+NORMALIZE = "derc_normalize"
+"""Name and target of the operation that normalises the images; what it gives is still an image."""
 KINDS = ("call_module", "call_function", "call_method", "get_attr", "block", "stitch", "stem", "head")
 
 

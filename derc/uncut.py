@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx
 
-from derc.ir import Graph, Layout
+from derc.ir import NORMALIZE, Graph, Layout
 from derc.proxies import is_batched
 
 
@@ -15,7 +15,8 @@ def reason(graph: Graph, nodes: Mapping[str, fx.Node]) -> str:
     for tie in graph.ties:
         first, last = (_named(nodes[name]) for name in (tie.ops[0], tie.ops[-1]))
         return f"its weight {tie.weight} is used from {first} to {last}, so that no cut may lie between"
-    users = [user for user in nodes[graph.input.name].users if is_batched(user)]
+    images = nodes.get(NORMALIZE, nodes[graph.input.name])
+    users = [user for user in images.users if is_batched(user)]
     if len(users) > 1:
         places = " and ".join(_named(user) for user in users[:2])
         return f"its input goes into {places}, and what they give is only joined in {_named(nodes[graph.output])}"

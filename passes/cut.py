@@ -8,7 +8,7 @@ from typing import ClassVar
 import networkx as nx
 
 from derc.artifacts import CutDonor, CutZoo, LoweredZoo, Unit
-from derc.ir import Graph, Layout, Op, Value
+from derc.ir import NORMALIZE, Graph, Layout, Op, Value
 from derc.pipeline import Context
 
 NEGLIGIBLE = 0.005
@@ -45,7 +45,7 @@ def find_cuts(graph: Graph, negligible: float = NEGLIGIBLE) -> CutDonor:
     Thinning stops at three interior cuts, so that a network of one heavy part can still take part with four blocks.
     """
     chain = dominators(graph)
-    kept = [name for name in chain[1:-1] if _stitchable(graph, name)]
+    kept = [name for name in chain[1:-1] if name != NORMALIZE and _stitchable(graph, name)]
     names = _untied(graph, [chain[0], *kept, chain[-1]])
     units = _units(graph, names)
     totals = max(sum(unit.macs for unit in units), 1), max(sum(unit.params for unit in units), 1)

@@ -15,6 +15,7 @@ from derc import uncut
 from derc.artifacts import LoweredZoo, digest
 from derc.blame import check_hooks, place
 from derc.errors import DercError, UsageError
+from derc.ir import NORMALIZE
 from derc.lowered import Call, Lowered
 from derc.mode import Mode, ModeBranchError, in_eval
 from derc.modules import Normalize
@@ -22,8 +23,6 @@ from derc.pipeline import Context
 from derc.proxies import BATCHES, is_batched, is_count
 from derc.tracing import ShapeTracer
 from derc.typed import typed_graph
-
-NORMALIZE = "derc_normalize"
 
 
 @dataclass(frozen=True)

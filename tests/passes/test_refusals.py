@@ -124,6 +124,12 @@ def test_the_module_and_the_line_are_named(network, words):
         assert word in message, message
 
 
+def test_normalised_images_are_no_cut():
+    lowered = lower(TwoColumns().eval(), (3, 8, 8), mean=(0.5,) * 3, std=(0.2,) * 3)
+    with pytest.raises(UsageError, match=r"no cut.*left\.one.*right\.one"):
+        lowered.with_cuts(find_cuts(lowered.graph))
+
+
 def test_values_that_are_no_floats_are_never_cuts():
     lowered = derc.lower(Spectrum().eval(), (3, 8, 8))
     kinds = {op.type.dtype for op in lowered.graph.ops}
