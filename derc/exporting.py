@@ -53,21 +53,25 @@ class Parallel(nn.Module):
 
 
 class FlatAttention(TorchFunctionMode):
-    """Attention over more than four axes (windows of windows) on four, the only number that the exporter knows."""
+    """Attention over three axes, or five (windows), on four: the only number that the exporter knows."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if func is not F.scaled_dot_product_attention or args[0].dim() <= 4:
+        if func is not F.scaled_dot_product_attention or args[0].dim() == 4:
             return func(*args, **given)
         query, key, value, *rest = args
         mask = rest[0] if rest else given.get("attn_mask")
         if mask is not None:
-            mask = mask.expand(*query.shape[:-1], key.shape[-2]).flatten(0, -4)
+            mask = _on_four_axes(mask.expand(*query.shape[:-1], key.shape[-2]))
         given = {**given, "attn_mask": mask}
-        flat = func(query.flatten(0, -4), key.flatten(0, -4), value.flatten(0, -4), *rest[1:], **given)
-        return flat.unflatten(0, query.shape[:-3])
+        found = func(*(_on_four_axes(x) for x in (query, key, value)), *rest[1:], **given)
+        return found.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _on_four_axes(x: Tensor) -> Tensor:
+    return x.reshape(-1, *x.shape[-3:])
 
 
 def versions() -> dict[str, str]:

@@ -183,21 +183,25 @@ def test_inner_graphs_take_along_what_they_capture():
 
 
 class Windows(nn.Module):
-    """Attention in windows of a batch, on five axes, with a mask of each kind."""
+    """Attention in windows of a batch, on five axes or three, with a mask of each kind."""
 
-    def __init__(self, mask: torch.Tensor | None) -> None:
+    def __init__(self, mask: torch.Tensor | None, axes: int) -> None:
         super().__init__()
-        self.mask = mask
+        self.mask, self.axes = mask, axes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = x.reshape(x.shape[0], 4, 6, 2, 8).transpose(2, 3)
+        q = q if self.axes == 5 else q.flatten(0, 2)
         return nn.functional.scaled_dot_product_attention(q, q.flip(-1), q + 1, attn_mask=self.mask, scale=0.5)
 
 
-@pytest.mark.parametrize("shape", [None, (6, 6), (4, 1, 6, 6), (1, 4, 2, 6, 6)])
-def test_attention_over_five_axes_exports(shape):
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [(5, None), (5, (6, 6)), (5, (4, 1, 6, 6)), (5, (1, 4, 2, 6, 6)), (3, None), (3, (6, 6)), (3, (24, 6, 6))],
+)
+def test_attention_over_other_than_four_axes_exports(axes, shape):
     torch.manual_seed(0)
-    module = Windows(None if shape is None else torch.randn(shape))
+    module = Windows(None if shape is None else torch.randn(shape), axes)
     x = torch.rand(3, 4 * 6, 16)
     want = module(x)
     np.testing.assert_allclose(run(export(module, x, ("output",)), x.numpy()), want, atol=1e-6)
