@@ -66,7 +66,7 @@ class FlatAttention(TorchFunctionMode):
         if mask is not None:
             mask = _on_four_axes(mask.expand(*query.shape[:-1], key.shape[-2]))
         given = {**given, "attn_mask": mask}
-        found = func(*(_on_four_axes(x) for x in (query, key, value)), *rest[1:], **given)
+        found: Tensor = func(_on_four_axes(query), _on_four_axes(key), _on_four_axes(value), *rest[1:], **given)
         return found.reshape(*query.shape[:-1], value.shape[-1])
 
 
