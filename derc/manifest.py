@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from derc import bundle, stitching
-from derc.artifacts import Latency
+from derc.artifacts import Latency, Shipped
 from derc.ir import Op, TensorType
 from derc.outcome import Outcome, accuracies, plan_graph
 from derc.pipeline import Context
@@ -24,7 +24,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "ok" if outcome.met else "over_budget",
         "command": outcome.command,
-        "target": _target(outcome.context),
+        "target": target_of(outcome.context),
         "zoo": {
             "spec": outcome.settings.zoo,
             "negligible": outcome.negligible,
@@ -34,7 +34,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "input": {"shape": list(first.type.shape), "range": [0, 1]},
         "budget": {n: getattr(outcome.settings, n) for n in ("latency_ms", "params_m", "macs_g", "memory_mb")},
         "selected": _selected(outcome),
-        "latency": _latency(outcome),
+        "latency": latency_of(outcome.shipped, outcome.chosen.predicted["latency_ms"]),
         "accuracy": accuracies(outcome),
         "solver": _solver(outcome.search),
         "donors": _donors(outcome),
@@ -46,7 +46,8 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _target(context: Context) -> dict[str, Any]:
+def target_of(context: Context) -> dict[str, Any]:
+    """The device, its engine and the batch size."""
     target = context.target
     return {"name": target.name, "engine": context.engine.describe(), "batch": target.batch}
 
@@ -84,17 +85,18 @@ def _stitch(op: Op, residual: float) -> dict[str, Any]:
     }
 
 
-def _latency(outcome: Outcome) -> dict[str, Any]:
-    latency = outcome.shipped.latency
+def latency_of(shipped: Shipped, predicted_ms: float | None) -> dict[str, Any]:
+    """What was measured of the shipped engine, beside what was predicted."""
+    latency = shipped.latency
     return {
-        "predicted_ms": outcome.chosen.predicted["latency_ms"],
+        "predicted_ms": predicted_ms,
         "measured_ms": latency.ms,
         "ci95_ms": [latency.low_ms, latency.high_ms],
         "provenance": latency.provenance,
         "stable": latency.stable,
         "samples": latency.samples,
-        "noise": outcome.shipped.noise,
-        "anchor_ms": outcome.shipped.anchor.ms,
+        "noise": shipped.noise,
+        "anchor_ms": shipped.anchor.ms,
     }
 
 

@@ -8,24 +8,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save
-
 from derc import bundle, stitching
 from derc.artifacts import BlockRef, CutDonor, Joint
 from derc.assembled import assemble
 from derc.assembling import Built
+from derc.config import BUDGETS
 from derc.data import Split
 from derc.donor import Donor
 from derc.ir import Graph
 from derc.judge import columns_of, correct, logits
+from derc.manifest import latency_of, target_of
 from derc.outcome import plan_graph
 from derc.parts import Part
-from derc.report import render
-from derc.text import print_graph
+from derc.summary import network_files, reproduce, write_network
 from derc.version import VERSION
 
-BUDGETS = ("latency_ms", "params_m", "macs_g", "memory_mb")
 RESULT = ("status", "target", "selected", "latency", "accuracy", "parity", "timings_s", "artifacts")
 
 
@@ -39,12 +36,7 @@ def write(built: Built, seconds: float) -> dict[str, Any]:
     start = time.perf_counter()
     manifest = manifest_of(built)
     manifest["timings_s"] = {"total": round(seconds + time.perf_counter() - start, 3)}
-    files = _files(built)
-    listed = {**manifest, "files": {name: bundle.sha256(data) for name, data in sorted(files.items())}}
-    files["report.html"] = render(listed).encode()
-    sealed = bundle.write(built.settings.output, files, manifest)
-    paths = {name: str(built.settings.output / name) for name in (*sorted(files), bundle.MANIFEST)}
-    return {**sealed, "artifacts": paths}
+    return write_network(built.settings.output, _files(built), manifest)
 
 
 def graph_of(built: Built) -> Graph:
@@ -79,37 +71,18 @@ def manifest_of(built: Built) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "status": "ok",
         "command": built.command,
-        "target": {
-            "name": context.target.name,
-            "engine": context.engine.describe(),
-            "batch": context.target.batch,
-        },
+        "target": target_of(context),
         "zoo": {"spec": built.settings.zoo, "negligible": 0.0, "input_size": built.settings.size or built.recipe.size},
         "recipe": built.recipe.model_dump(mode="json"),
         "data": context.data.name,
         "input": {"shape": list(built.parts[0].source.shape), "range": [0, 1]},
         "budget": dict.fromkeys(BUDGETS),
         "selected": _selected(built, plan),
-        "latency": _latency(built),
+        "latency": {**latency_of(shipped, None), "anchor": built.anchor},
         "accuracy": _accuracies(built),
         "donors": {donor.name: _donor(donor, built) for donor in context.zoo.donors},
         "parity": asdict(shipped.parity),
         "placement": shipped.placement,
-    }
-
-
-def _latency(built: Built) -> dict[str, Any]:
-    shipped = built.shipped
-    return {
-        "predicted_ms": None,
-        "measured_ms": shipped.latency.ms,
-        "ci95_ms": [shipped.latency.low_ms, shipped.latency.high_ms],
-        "provenance": shipped.latency.provenance,
-        "stable": shipped.latency.stable,
-        "samples": shipped.latency.samples,
-        "noise": shipped.noise,
-        "anchor": built.anchor,
-        "anchor_ms": shipped.anchor.ms,
     }
 
 
@@ -172,25 +145,8 @@ def _accuracy(built: Built, split: Split) -> float | None:
 
 
 def _files(built: Built) -> dict[str, bytes]:
-    emitted = built.emitted
-    plan = graph_of(built)
-    plan.verify()
-    weights = {name: torch.from_numpy(value.copy()) for name, value in emitted.weights.items()}
     return {
-        "model.py": emitted.source.encode(),
-        "weights.safetensors": save(weights),
-        "model.onnx": emitted.onnx.tobytes(),
-        f"engine{built.context.engine.suffix}": built.shipped.engine.tobytes(),
-        "plan.txt": print_graph(plan).encode(),
+        **network_files(built.emitted, built.shipped, built.context.engine.suffix, graph_of(built)),
         "recipe.toml": Path(built.path).read_bytes(),
-        "reproduce.sh": _reproduce(built).encode(),
+        "reproduce.sh": reproduce("Assembles", built.command),
     }
-
-
-def _reproduce(built: Built) -> str:
-    lines = [
-        "#!/bin/sh",
-        f"# Assembles this bundle again with derc {VERSION}, into the directory given (default: reproduced).",
-        f'{built.command} -o "${{1:-reproduced}}"',
-    ]
-    return "\n".join(lines) + "\n"

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save
 
 from derc import bundle
+from derc.artifacts import Emitted, Shipped
 from derc.config import KEYS, CompileSettings
+from derc.ir import Graph
 from derc.manifest import manifest_of
 from derc.outcome import Outcome, plan_graph
 from derc.report import render
@@ -55,33 +57,44 @@ def summarise(outcome: Outcome, started: float) -> dict[str, Any]:
     seconds = {**outcome.timings.seconds, "report": time.perf_counter() - start, "total": time.perf_counter() - started}
     manifest["timings_s"] = {name: round(value, 3) for name, value in seconds.items()}
     manifest["reused"] = sorted(name for name, reused in outcome.timings.reused.items() if reused)
-    files = _files(outcome)
+    return write_network(Path(outcome.settings.output), _files(outcome), manifest)
+
+
+def write_network(output: Path, files: dict[str, bytes], manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write a bundle of these files and its report; returns its manifest with `artifacts`, the paths of its files."""
     listed = {**manifest, "files": {name: bundle.sha256(data) for name, data in sorted(files.items())}}
-    files["report.html"] = render(listed).encode()
-    output = Path(outcome.settings.output)
+    files = {**files, "report.html": render(listed).encode()}
     sealed = bundle.write(output, files, manifest)
     return {**sealed, "artifacts": {name: str(output / name) for name in (*sorted(files), bundle.MANIFEST)}}
 
 
 def _files(outcome: Outcome) -> dict[str, bytes]:
-    emitted = outcome.emitted
-    weights = {name: torch.from_numpy(value.copy()) for name, value in emitted.weights.items()}
     plan = plan_graph(outcome.chosen.assembly, outcome.search.cuts.donors)
+    script = reproduce("Compiles", outcome.command)
+    return {
+        **network_files(outcome.emitted, outcome.shipped, outcome.context.engine.suffix, plan),
+        "reproduce.sh": script,
+    }
+
+
+def network_files(emitted: Emitted, shipped: Shipped, suffix: str, plan: Graph) -> dict[str, bytes]:
+    """The network in all its forms: source, weights, ONNX, an engine whose name ends in `suffix`, and its plan."""
     plan.verify()
+    weights = {name: torch.from_numpy(value.copy()) for name, value in emitted.weights.items()}
     return {
         "model.py": emitted.source.encode(),
         "weights.safetensors": save(weights),
         "model.onnx": emitted.onnx.tobytes(),
-        f"engine{outcome.context.engine.suffix}": outcome.shipped.engine.tobytes(),
+        f"engine{suffix}": shipped.engine.tobytes(),
         "plan.txt": print_graph(plan).encode(),
-        "reproduce.sh": _reproduce(outcome).encode(),
     }
 
 
-def _reproduce(outcome: Outcome) -> str:
+def reproduce(what: str, command: str) -> bytes:
+    """The script that repeats `command`; `what` it does is a verb, such as Compiles."""
     lines = [
         "#!/bin/sh",
-        f"# Compiles this bundle again with derc {VERSION}, into the directory given (default: reproduced).",
-        f'{outcome.command} -o "${{1:-reproduced}}"',
+        f"# {what} this bundle again with derc {VERSION}, into the directory given (default: reproduced).",
+        f'{command} -o "${{1:-reproduced}}"',
     ]
-    return "\n".join(lines) + "\n"
+    return ("\n".join(lines) + "\n").encode()
