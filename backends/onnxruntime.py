@@ -6,7 +6,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -98,7 +98,8 @@ class OnnxRuntime:
     suffix: ClassVar[str] = ".onnx"
     provider: ClassVar[str] = "CPUExecutionProvider"
 
-    def __init__(self, threads: int = 0) -> None:
+    def __init__(self, threads: int = 0, variant: str = "") -> None:
+        self.variant = variant
         if threads < 0:
             raise UsageError(f"the number of threads is {threads}, and must be 0 (physical cores) or more")
         self.threads = threads or _cores()
@@ -117,6 +118,15 @@ class OnnxRuntime:
             "machine": platform.machine(),
             "os": f"{platform.system()} {platform.release()}",
         }
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """float32 alone."""
+        return ("fp32",)
+
+    def rewrite(self, model: bytes, precision: str, samples: Sequence[Array]) -> bytes:
+        """The model as it is."""
+        return model
 
     def build(self, model: bytes, path: Path) -> None:
         """Optimise `model` for this CPU and write it to `path` in one step."""

@@ -116,7 +116,7 @@ def open_recipe(path: Path, settings: CompileSettings, console: Console) -> tupl
 def open_context(settings: CompileSettings, made: Plan, store: Store, console: Console) -> Context:
     """What emission and packaging need; without data, random images to verify on."""
     target = Target.load(settings.target, threads=settings.threads, batch=settings.batch)
-    engine = registry.load(registry.ENGINES, target.engine)(threads=target.threads)
+    engine = registry.open_engine(target.engine, target.threads)
     if "data" in settings.defaulted:
         data = random_data(made.image, settings.seed)
     else:

@@ -27,7 +27,8 @@ def bench_bundle(folder: Path, limit_s: float, console: Console) -> dict[str, An
     """
     manifest = bundle.verify(folder)
     described = manifest["target"]["engine"]
-    engine: Engine = registry.load(registry.ENGINES, described["engine"])(threads=int(described["threads"]))
+    spec = ":".join(part for part in (described["engine"], described.get("variant")) if part)
+    engine: Engine = registry.open_engine(spec, int(described["threads"]))
     batch = int(manifest["target"]["batch"])
     with ExitStack() as stack:
         calls: dict[str, Callable[[], float]] = {}

@@ -21,7 +21,7 @@ Function = Callable[..., Any]
 
 EPILOG = (
     "Exit codes: 0 done, 1 bug, 2 usage, 3 infeasible, 4 parity, 5 missing dependency or device, "
-    "6 measurement unstable, 7 built but over budget, 8 integrity, 130 interrupted."
+    "6 measurement unstable, 7 built but over budget, 8 integrity, 9 engine build failed, 130 interrupted."
 )
 
 SOURCES: tuple[Function, ...] = (

@@ -4,10 +4,12 @@ DercError                    1  a bug, or a case nobody thought of
 ├── UsageError               2  wrong option, file, zoo or data
 ├── InfeasibleError          3  nothing fits the budget
 ├── ParityError              4  module, ONNX and engine disagree
+│   └── PrecisionError       4  a lower precision gives NaN or overflows
 ├── MissingDependencyError   5  a package, runtime or device is absent
 ├── UnstableError            6  the measurement did not settle
 ├── OverBudgetError          7  built, but slower than the budget
-└── IntegrityError           8  a stored or shipped file is not what was written
+├── IntegrityError           8  a stored or shipped file is not what was written
+└── BuildError               9  a runtime crashed, hung or ran out of memory while building an engine
 """
 
 from __future__ import annotations
@@ -41,6 +43,10 @@ class ParityError(DercError):
     exit_code = 4
 
 
+class PrecisionError(ParityError):
+    """A network computed in a lower precision gives NaN or infinity where float32 does not."""
+
+
 class MissingDependencyError(DercError):
     """A package, runtime or device that the request needs is not on this machine."""
 
@@ -63,6 +69,12 @@ class IntegrityError(DercError):
     """A file's content does not match its recorded digest, or a bundle is incomplete."""
 
     exit_code = 8
+
+
+class BuildError(DercError):
+    """A runtime crashed, hung or ran out of memory while building one engine."""
+
+    exit_code = 9
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

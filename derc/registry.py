@@ -6,6 +6,7 @@ import importlib
 from importlib.metadata import entry_points
 from typing import Any
 
+from derc.engine import Engine, parse
 from derc.errors import MissingDependencyError, UsageError, suggest
 
 PASSES = {
@@ -23,6 +24,16 @@ PASSES = {
 ENGINES = {"onnxruntime": "derc.backends.onnxruntime:OnnxRuntime"}
 SOLVERS = {"highs": "derc.backends.highs:Highs", "gurobi": "derc.backends.gurobi:Gurobi"}
 EXTRAS = {"onnxruntime": "cpu", "gurobipy": "gurobi", "tensorrt": "gpu", "openvino": "openvino", "pynvml": "gpu"}
+
+
+def open_engine(spec: str, threads: int = 0) -> Engine:
+    """The engine written ``name`` or ``name:variant``.
+
+    Raises UsageError for an unknown name or variant, MissingDependencyError where this machine lacks what it needs.
+    """
+    name, variant = parse(spec)
+    engine: Engine = load(ENGINES, name)(threads=threads, variant=variant)
+    return engine
 
 
 def entries(table: dict[str, str], group: str) -> dict[str, str]:

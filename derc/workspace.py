@@ -104,7 +104,7 @@ def open_context(settings: CompileSettings, console: Console) -> Context:
         raise UsageError(f"--data is missing: the zoo {settings.zoo} needs images, give folder:PATH or npz:PATH")
     target = Target.load(settings.target, threads=settings.threads, batch=settings.batch)
     solver = choose(settings.solver)
-    engine = registry.load(registry.ENGINES, target.engine)(threads=target.threads)
+    engine = registry.open_engine(target.engine, target.threads)
     store = Store.default(say=console.say, on_damage=console.say)
     zoo = open_zoo(settings, store, console)
     data = open_data(settings, zoo, console)
