@@ -213,6 +213,54 @@ class Slicer:
                 self._rename(inner, names)
 
 
+def join(models: Iterable[bytes], input_name: str = "input", output_name: str = "output") -> bytes:
+    """One model that runs `models` in turn, each with one input and one output, under the names given.
+
+    Raises DercError where a model has more of either, or where two ask for different versions of one operator set.
+    """
+    result = onnx.ModelProto(producer_name="derc")
+    result.graph.name = "joined"
+    value, opsets, functions = input_name, dict[str, int](), dict[tuple[str, str], onnx.FunctionProto]()
+    parts = [onnx.load_from_string(model) for model in models]
+    for place, part in enumerate(parts):
+        if len(part.graph.input) != 1 or len(part.graph.output) != 1:
+            raise DercError(f"model {place} has not one input and one output: it cannot be joined to others")
+        names = {part.graph.input[0].name: value}
+        value = names[part.graph.output[0].name] = output_name if part is parts[-1] else f"joint{place}"
+        _prefix(part.graph, f"part{place}/", names)
+        result.ir_version = max(result.ir_version, part.ir_version)
+        for opset in part.opset_import:
+            if opsets.setdefault(opset.domain, opset.version) != opset.version:
+                raise DercError(f"models of operator sets {opsets[opset.domain]} and {opset.version} cannot be joined")
+        functions |= {(function.domain, function.name): function for function in part.functions}
+        result.graph.node.extend(part.graph.node)
+        result.graph.initializer.extend(part.graph.initializer)
+    result.graph.input.append(parts[0].graph.input[0])
+    result.graph.output.append(parts[-1].graph.output[0])
+    result.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items())
+    result.functions.extend(functions.values())
+    data = bytes(result.SerializeToString(deterministic=True))
+    onnx.checker.check_model(data)
+    return data
+
+
+def _prefix(graph: onnx.GraphProto, prefix: str, names: dict[str, str]) -> None:
+    """Rename every value of `graph` in place, to what `names` says or else to its name with `prefix` before it."""
+
+    def renamed(name: str) -> str:
+        return name and names.get(name, prefix + name)
+
+    for node in graph.node:
+        node.name = prefix + node.name
+        node.input[:] = [renamed(name) for name in node.input]
+        node.output[:] = [renamed(name) for name in node.output]
+        for body in _bodies(node):
+            _prefix(body, prefix, names)
+    for item in (*graph.initializer, *graph.input, *graph.output):
+        item.name = renamed(item.name)
+    del graph.value_info[:]
+
+
 def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """Graphs inside a node (If, Loop)."""
     for attribute in node.attribute:

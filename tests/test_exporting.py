@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 import derc
+from derc.backends.onnxruntime import OnnxRuntime
 from derc.errors import DercError, UsageError
-from derc.exporting import OPSET, Chain, Parallel, Slicer, export, slice_model
+from derc.exporting import OPSET, Chain, Parallel, Slicer, export, join, slice_model
 from tests.networks import make
 
 
@@ -205,3 +206,23 @@ def test_attention_over_other_than_four_axes_exports(axes, shape):
     x = torch.rand(3, 4 * 6, 16)
     want = module(x)
     np.testing.assert_allclose(run(export(module, x, ("output",)), x.numpy()), want, atol=1e-6)
+
+
+def test_joined_slices_are_the_whole():
+    """Slices of an export, joined again, compute what the module computes; so do parts of different networks."""
+    network = make("resnet")
+    lowered = derc.lower(network, (3, 32, 32))
+    count = len(lowered.units)
+    chain = Chain(lowered.block(i, i + 1) for i in range(count))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = export(chain, images, [f"cut_{i}" for i in range(1, count + 1)], input_names=["cut_0"])
+    middle = count // 2
+    parts = [slice_model(model, (f"cut_{a}",), (f"cut_{b}",)) for a, b in ((0, middle), (middle, count))]
+    joined = join(parts)
+    graph = onnx.load_from_string(joined).graph
+    assert [graph.input[0].name, graph.output[0].name] == ["input", "output"]
+    session = OnnxRuntime(threads=1).open(joined)
+    np.testing.assert_allclose(session.run(images.numpy()), network(images).detach(), atol=1e-5)
+    assert joined == join(parts)
+    with pytest.raises(DercError, match="not one input and one output"):
+        join([model])
