@@ -41,6 +41,8 @@ class Engine(Protocol):
     suffix: ClassVar[str]
     """File name ending of what `build` writes, such as ``.onnx``."""
     variant: str
+    threads: int
+    """Of the processor, at least 1."""
 
     @property
     def precisions(self) -> tuple[str, ...]:
