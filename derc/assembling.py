@@ -75,7 +75,7 @@ def assemble_bundle(path: Path, settings: CompileSettings, console: Console) -> 
     if settings.embedded_zoo:
         raise UsageError(f'the recipe {path} names no zoo: write zoo = "zoo.toml" on top of it, or give --zoo')
     bundle.check_output(settings.output)
-    Target.load(settings.target)  # an unknown one is refused before any donor is built
+    Target.load(settings.target).require()  # one that is unknown or not here is refused before any donor is built
     recipe, made, store = open_recipe(path, settings, console)
     context = open_context(settings, made, store, console)
     console.say(f"assembling {made.assembly} …")

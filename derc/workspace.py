@@ -103,6 +103,7 @@ def open_context(settings: CompileSettings, console: Console) -> Context:
     if settings.lacks_data:
         raise UsageError(f"--data is missing: the zoo {settings.zoo} needs images, give folder:PATH or npz:PATH")
     target = Target.load(settings.target, threads=settings.threads, batch=settings.batch)
+    target.require()
     solver = choose(settings.solver)
     engine = registry.open_engine(target.engine, target.threads)
     store = Store.default(say=console.say, on_damage=console.say)
