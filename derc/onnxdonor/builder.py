@@ -26,18 +26,23 @@ Size = int | fx.Node
 
 
 class Builder:
-    """A torch network on its way; operators are added by `derc.onnxdonor.convert`."""
+    """A torch network on its way; operators are added by `derc.onnxdonor.network.convert`.
 
-    def __init__(self, file: OnnxFile, size: tuple[int, int, int]) -> None:
+    `size` is the input's shape behind its first axis. With `fixed` the network is for the file's own sizes alone, else
+    for any number of images.
+    """
+
+    def __init__(self, file: OnnxFile, size: tuple[int, ...], *, fixed: bool = False) -> None:
         self.file = file
-        self.free = file.shape[0] is None
+        self.free = fixed or file.shape[0] is None
         self.batch = file.shape[0] or 1
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.images = self.graph.placeholder("x")
+        factors = (1,) * len(FACTORS) if fixed else FACTORS
         with self.fake:
-            self.images.meta["values"] = tuple(torch.empty(self.batch * factor, *size) for factor in FACTORS)
+            self.images.meta["values"] = tuple(torch.empty(self.batch * factor, *size) for factor in factors)
         self.values: dict[str, Value] = {file.input: self.images}
         self.weights = {tensor.name: tensor for tensor in file.model.graph.initializer}
         self.users: dict[str, list[onnx.NodeProto]] = {}

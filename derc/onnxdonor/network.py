@@ -40,17 +40,17 @@ def build(path: Path, input_size: Sequence[int] | None = None) -> OnnxNetwork:
     """
     file = read(path)
     builder = Builder(file, file.size(tuple(input_size) if input_size else None))
-    with _quiet():
+    with quiet():
         for node in file.model.graph.node:
             if not all(name in builder.values for name in node.output if name):
-                _convert(builder, Operator(node, file.opsets.get("" if node.domain == "ai.onnx" else node.domain, 1)))
+                convert(builder, Operator(node, file.opsets.get("" if node.domain == "ai.onnx" else node.domain, 1)))
     network = OnnxNetwork(builder.root, _finished(builder), class_name="OnnxNetwork").eval()
     check_parity(network, builder)
     return network
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch from writing a traceback where shapes do not fit: that becomes an error of one sentence."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
@@ -71,7 +71,7 @@ def remark_of(network: torch.nn.Module) -> str:
     return f"{', '.join(kinds)}: no PyTorch form, so blocks with it are profiled but not emitted" if kinds else ""
 
 
-def _convert(builder: Builder, op: Operator) -> None:
+def convert(builder: Builder, op: Operator) -> None:
     """Add one operator; raises UsageError naming it where that cannot be done."""
     path = builder.file.path
     try:
