@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -79,15 +79,24 @@ class EmbeddedZoo:
 
 @dataclass(frozen=True, order=True)
 class BlockRef:
-    """Units of a donor from its cut `first` to its cut `last`; a member of equivalence set `set`."""
+    """Units of a donor from its cut `first` to its cut `last`; a member of equivalence set `set`.
+
+    Its insides are computed in `precision` where it is deployed; what goes in and out is float32.
+    """
 
     donor: str
     first: int
     last: int
     set: int
+    precision: str = "fp32"
+
+    @property
+    def plain(self) -> BlockRef:
+        """The same block in float32."""
+        return self if self.precision == "fp32" else replace(self, precision="fp32")
 
     def __str__(self) -> str:
-        return f"{self.donor}[{self.first}:{self.last}]"
+        return f"{self.donor}[{self.first}:{self.last}]" + (f"@{self.precision}" if self.precision != "fp32" else "")
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,9 @@ class LatencyTable:
     """Latencies on one target.
 
     Keys of `donors` are names (the intact network, as shipped), of `blocks` `str(BlockRef)`, of `stitches`
-    `stitching.key(source, target)`. `noise` is the A/A control's relative difference.
+    `stitching.key(source, target)`. A block that could not be built is not among them. `noise` is the A/A control's
+    relative difference. `distortion` is, for a block in a lower precision, the share of its output's variance over the
+    probe set by which that differs from float32.
     """
 
     target: str
@@ -127,6 +138,7 @@ class LatencyTable:
     blocks: dict[str, Latency]
     stitches: dict[str, Latency]
     noise: float
+    distortion: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,7 +191,14 @@ class Assembly:
 
     @property
     def intact(self) -> bool:
-        return not any(self.stitched) and self.stem is None and self.head is None
+        """Whether this is a donor as it is: in float32, with nothing added."""
+        return not any(self.stitched) and self.stem is None and self.head is None and self.plain is self
+
+    @property
+    def plain(self) -> Assembly:
+        """The same network in float32."""
+        blocks = tuple(block.plain for block in self.blocks)
+        return self if blocks == self.blocks else replace(self, blocks=blocks)
 
     @property
     def stitched(self) -> tuple[bool, ...]:
@@ -317,8 +336,10 @@ class Selection:
 @cache
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
-    plain = make_dict_unstructure_fn(Assembly, converter, _cattrs_omit_if_default=True)
-    converter.register_unstructure_hook(Assembly, plain)
+    for kind in (BlockRef, Assembly):
+        converter.register_unstructure_hook(
+            kind, make_dict_unstructure_fn(kind, converter, _cattrs_omit_if_default=True)
+        )
     return converter
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -11,24 +11,28 @@ import numpy as np
 
 from derc import stitching
 from derc.artifacts import Array, Assembly, BlockRef, CutZoo, Partition
+from derc.engine import PRECISIONS
+from derc.errors import DercError
 from derc.ir import TensorType
 
-BYTES = 4
-"""Of one float32 weight."""
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+"""Of one weight; the few that a rewritten block keeps wider (biases, norms) count as the others."""
 
 
 @dataclass(frozen=True)
 class Edge:
     """A step from `source` (None: the network's input) to `target` (None: its output), with the costs of taking it.
 
-    `params`, `macs` and `activation` (largest value, bytes, one image) are those of the stitch and of the target block.
-    `stitch` is the stitch's key in a latency table, None where none is needed.
+    `params`, `macs`, `weights` (bytes of the parameters in their precision) and `activation` (largest value in float32,
+    bytes, one image) are those of the stitch and of the target block. `stitch` is the stitch's key in a latency table,
+    None where none is needed.
     """
 
     source: BlockRef | None
     target: BlockRef | None
     params: int = 0
     macs: int = 0
+    weights: int = 0
     activation: int = 0
     stitch: str | None = None
 
@@ -45,7 +49,10 @@ class Edge:
 
 @dataclass(frozen=True)
 class Layered:
-    """`blocks` in donor order, `sets` their number per donor; `edges` lead from earlier to later equivalence sets."""
+    """`blocks` in donor order, `sets` their number per donor; `edges` lead from earlier to later equivalence sets.
+
+    A block is here once for each precision that it may have.
+    """
 
     blocks: tuple[BlockRef, ...]
     edges: tuple[Edge, ...]
@@ -57,9 +64,10 @@ class Layered:
 
     @cached_property
     def chains(self) -> dict[str, tuple[BlockRef, ...]]:
-        """Each donor's own blocks, in order."""
-        names = dict.fromkeys(block.donor for block in self.blocks)
-        return {name: tuple(block for block in self.blocks if block.donor == name) for name in names}
+        """Each donor's own blocks in float32, in order."""
+        plain = [block for block in self.blocks if block.plain is block]
+        names = dict.fromkeys(block.donor for block in plain)
+        return {name: tuple(block for block in plain if block.donor == name) for name in names}
 
     @cached_property
     def entering(self) -> dict[BlockRef | None, tuple[int, ...]]:
@@ -100,27 +108,45 @@ class Layered:
         return {
             "params": float(params),
             "macs": float(sum(edge.macs for edge in edges)),
-            "memory_mb": (BYTES * params + peak) / 1e6,
+            "memory_mb": (sum(edge.weights for edge in edges) + peak) / 1e6,
         }
 
     def column(self, name: str) -> Array:
-        """`params`, `macs` or `activation` of all edges."""
+        """`params`, `macs`, `weights` or `activation` of all edges."""
         return np.array([getattr(edge, name) for edge in self.edges], np.float64)
 
 
-def build(cuts: CutZoo, partition: Partition, heads: tuple[str, ...] = (), *, one_per_set: bool = False) -> Layered:
+def build(
+    cuts: CutZoo,
+    partition: Partition,
+    heads: tuple[str, ...] = (),
+    *,
+    one_per_set: bool = False,
+    timed: Collection[str] | None = None,
+) -> Layered:
     """The graph of all legal assemblies; only donors in `heads` (none given: all) may provide the last block.
 
-    A stitch leads from a block to any block of a later set, of the next set only with `one_per_set`, whose input it can
-    make without making up places. A donor's own next block follows without one.
+    Blocks come in the precisions in which `timed` names them (`str(BlockRef)`; None: all blocks in float32). A stitch
+    leads from a block to any block of a later set, of the next set only with `one_per_set`, whose input it can make
+    without making up places. A donor's own next block follows without one.
+    Raises DercError where `timed` names no block of this partition.
     """
-    blocks = tuple(block for chain in partition.blocks.values() for block in chain)
-    sets = max((len(chain) for chain in partition.blocks.values()), default=0)
+    blocks = tuple(_variants(partition, timed))
+    if not blocks:
+        raise DercError("the latency table has no block of this partition: profile the zoo again")
+    sets = max(len(chain) for chain in partition.blocks.values())
     edges = [_edge(cuts, None, block) for block in blocks if block.set == 0]
     for source in blocks:
         edges += _onward(cuts, source, [b for b in blocks if b.set == source.set + 1 or not one_per_set])
     last = [block for block in blocks if block.set == sets - 1 and (not heads or block.donor in heads)]
     return Layered(blocks, tuple(edges) + tuple(Edge(block, None) for block in last), sets)
+
+
+def _variants(partition: Partition, timed: Collection[str] | None) -> Iterator[BlockRef]:
+    for chain in partition.blocks.values():
+        for block in chain:
+            forms = [replace(block, precision=precision) for precision in PRECISIONS]
+            yield from [block] if timed is None else [form for form in forms if str(form) in timed]
 
 
 def _onward(cuts: CutZoo, source: BlockRef, targets: list[BlockRef]) -> Iterator[Edge]:
@@ -138,11 +164,17 @@ def _ends(cuts: CutZoo, source: BlockRef, target: BlockRef) -> tuple[TensorType,
 def _edge(cuts: CutZoo, source: BlockRef | None, target: BlockRef) -> Edge:
     units = cuts.donors[target.donor].units[target.first : target.last]
     params, macs = sum(unit.params for unit in units), sum(unit.macs for unit in units)
-    peak = max(unit.bytes for unit in units)
+    weights, peak = BYTES[target.precision] * params, max(unit.bytes for unit in units)
     if source is None or (source.donor == target.donor and source.last == target.first):
-        return Edge(source, target, params, macs, peak)
+        return Edge(source, target, params, macs, weights, peak)
     ends = _ends(cuts, source, target)
     stitch = stitching.cost(*ends)
     return Edge(
-        source, target, params + stitch.params, macs + stitch.macs, max(peak, stitch.bytes), stitching.key(*ends)
+        source,
+        target,
+        params + stitch.params,
+        macs + stitch.macs,
+        weights + BYTES["fp32"] * stitch.params,
+        max(peak, stitch.bytes),
+        stitching.key(*ends),
     )

@@ -6,7 +6,7 @@ edge and of being stitched, all with prior mean zero. What is known of a whole a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,12 @@ DISSIMILARITY_LOSS = 1.0
 """Prior loss of a stitch between values without any similarity."""
 SIZE_LOSS = 0.1
 """Prior loss of the smallest donor over the largest where no accuracy is known; between them by log MACs."""
+PRECISION_LOSS = 0.001
+"""Prior loss of a block in a lower precision that changes nothing, so that float32 wins among equals."""
+DISTORTION_LOSS = 1.0
+"""Prior loss of a block of which a lower precision leaves nothing."""
+UNKNOWN_DISTORTION = 0.05
+"""Taken for a block whose lower precision was never compared with float32."""
 LOSS_SPREADS = (0.1, 0.05, 0.1, 0.01)
 """Prior standard deviations of the stitched, block and edge corrections of the loss, and the noise of a score."""
 LATENCY_SPREADS = (0.1, 0.1, 0.1, 0.005)
@@ -73,7 +79,7 @@ def learn(
     losses = _intact_losses(graph, embedded) | {one.assembly: 1 - one.score for one in seen if one.score is not None}
     intact = intact_latencies(graph, table) if table else {}
     measured = intact | {one.assembly: (one.latency.ms, one.latency.high_ms) for one in seen if one.latency}
-    loss = prior_loss(graph, cuts, embedded)
+    loss = prior_loss(graph, cuts, embedded, table.distortion if table else {})
     return Learnt(
         graph=graph,
         loss=loss + corrections(graph, losses, loss, LOSS_SPREADS),
@@ -89,11 +95,14 @@ def _intact_losses(graph: Layered, embedded: EmbeddedZoo) -> dict[Assembly, floa
     return {a: 1 - accuracy for a, accuracy in known.items() if accuracy is not None and graph.path(a) is not None}
 
 
-def prior_loss(graph: Layered, cuts: CutZoo, embedded: EmbeddedZoo) -> Array:
+def prior_loss(
+    graph: Layered, cuts: CutZoo, embedded: EmbeddedZoo, distortion: Mapping[str, float] | None = None
+) -> Array:
     """Loss of each edge before anything was evaluated.
 
-    A block bears its MACs' share of its donor's error, a stitch the dissimilarity of what it joins, and a step that
-    leaves out equivalence sets their share of the network.
+    A block bears its MACs' share of its donor's error, in a lower precision the `distortion` of its output too (by
+    `str(BlockRef)`), a stitch the dissimilarity of what it joins, and a step that leaves out equivalence sets their
+    share of the network.
     """
     position, errors, total = embedded.position, _donor_errors(cuts, embedded), _total_macs(cuts)
     loss = np.zeros(len(graph.edges))
@@ -103,6 +112,9 @@ def prior_loss(graph: Layered, cuts: CutZoo, embedded: EmbeddedZoo) -> Array:
             donor, units = edge.target.donor, cuts.donors[edge.target.donor].units
             macs = sum(unit.macs for unit in units[edge.target.first : edge.target.last])
             loss[place] += errors[donor] * macs / total[donor]
+            if edge.target.plain is not edge.target:
+                changed = (distortion or {}).get(str(edge.target), UNKNOWN_DISTORTION)
+                loss[place] += PRECISION_LOSS + DISTORTION_LOSS * changed
             if edge.stitch is not None and edge.source is not None:
                 rows = position[CutId(edge.source.donor, edge.source.last)], position[CutId(donor, edge.target.first)]
                 loss[place] += STITCH_LOSS + DISSIMILARITY_LOSS * (1 - float(embedded.similarity[rows]))
@@ -180,7 +192,8 @@ def corrections(graph: Layered, known: Mapping[Assembly, float], predicted: Arra
     """What to add to each edge's prediction so that sums over the `known` assemblies come near their values.
 
     `spreads` are the prior standard deviations of the corrections for being stitched, for each block and for each edge,
-    and the noise of a value: the posterior mean of Gaussian linear regression.
+    and the noise of a value: the posterior mean of Gaussian linear regression. A block in a lower precision shares what
+    is learnt of it in float32, and has one more correction, of the same spread, of its own.
     """
     paths = [(path, value) for a, value in known.items() if (path := graph.path(a)) is not None]
     if not paths:
@@ -189,22 +202,33 @@ def corrections(graph: Layered, known: Mapping[Assembly, float], predicted: Arra
     for row, (path, _) in enumerate(paths):
         taken[row, list(path)] = 1
     residual = np.array([value for _, value in paths]) - taken @ predicted
-    covariance = np.stack([_covariance(graph, row, spreads) for row in taken])
+    covariance = _covariance(graph, taken, spreads)
     weights = np.linalg.solve(taken @ covariance.T + spreads[3] ** 2 * np.eye(len(paths)), residual)
     result: Array = weights @ covariance
     return result
 
 
-def _covariance(graph: Layered, path: Array, spreads: tuple[float, ...]) -> Array:
-    """Prior covariance of each edge's correction with the sum over the edges marked in `path`."""
-    number = {target: i for i, target in enumerate((*graph.blocks, None))}
-    targets = np.array([number[edge.target] for edge in graph.edges])
+def _covariance(graph: Layered, taken: Array, spreads: tuple[float, ...]) -> Array:
+    """Prior covariance of each edge's correction with the sum over the edges marked in each row of `taken`."""
     stitched = np.array([edge.stitch is not None for edge in graph.edges], np.float64)
-    inner = targets < len(graph.blocks)
+    targets = [edge.target for edge in graph.edges]
+    plain = [target and target.plain for target in targets]
+    inner = np.array([target is not None for target in targets])
+    lower = np.array([target is not at_full for target, at_full in zip(targets, plain, strict=True)])
+    sources = [edge.source and edge.source.plain for edge in graph.edges]
     shared, block, edge, _ = (spread**2 for spread in spreads)
-    same_block = np.bincount(targets, path, len(number))[targets]
-    result: Array = shared * stitched * (stitched @ path) + inner * (block * same_block + edge * path)
+    blocks = _count(plain, taken) + lower * _count(targets, taken)
+    own = block * blocks + edge * _count(list(zip(sources, plain, strict=True)), taken)
+    result: Array = shared * stitched * (taken @ stitched)[:, None] + inner * own
     return result
+
+
+def _count(keys: Sequence[Hashable], taken: Array) -> Array:
+    """For each edge (column), how many of the edges marked in each row of `taken` have its key."""
+    number: dict[Hashable, int] = {}
+    numbers = np.array([number.setdefault(key, len(number)) for key in keys])
+    found: Array = np.stack([np.bincount(numbers, row, len(number)) for row in taken])[:, numbers]
+    return found
 
 
 def margin_from(

@@ -57,7 +57,7 @@ class PathProgram:
             return np.concatenate([learnt.loss, [learnt.expected_loss(a) for a in self.known]])
         if resource == "latency_ms":
             return self._latencies()
-        name, scale = {"params_m": ("params", 1e-6), "macs_g": ("macs", 1e-9), "memory_mb": ("params", 4e-6)}[resource]
+        name, scale = {"params_m": ("params", 1e-6), "macs_g": ("macs", 1e-9), "memory_mb": ("weights", 1e-6)}[resource]
         column = scale * graph.column(name)
         return np.concatenate([column, [column[list(graph.path(a) or ())].sum() for a in self.known]])
 
@@ -70,11 +70,27 @@ class PathProgram:
         ]
         return np.concatenate([edges, known])
 
-    def build(
-        self, resource: str, budgets: tuple[Budget, ...] = (), earlier: tuple[Assembly, ...] = (), diversity: int = 1
-    ) -> IntegerProgram:
-        """The program that minimises `resource` within `budgets`, `diversity` blocks away from each of `earlier`.
+    def fits(self, assembly: Assembly, budgets: tuple[Budget, ...]) -> bool:
+        """Whether a known assembly meets the budgets."""
+        place = len(self.learnt.graph.edges) + self.known.index(assembly)
+        for budget in budgets:
+            amount = self.amounts(budget.resource)[place]
+            amount += self._peaks[place] if budget.resource == "memory_mb" else 0.0
+            if amount > budget.limit * (1 + SLACK):
+                return False
+        return True
 
+    def build(
+        self,
+        resource: str,
+        budgets: tuple[Budget, ...] = (),
+        earlier: tuple[Assembly, ...] = (),
+        diversity: int = 1,
+        barred: tuple[Assembly, ...] = (),
+    ) -> IntegerProgram:
+        """The program that minimises `resource` within `budgets`, without the known assemblies `barred`.
+
+        The answer is `diversity` blocks away from each of `earlier`, where a block in another precision is the same.
         Columns: edges, known assemblies, then the peak activation in MB where memory matters.
         """
         builder = Builder()
@@ -91,6 +107,9 @@ class PathProgram:
             builder.row(budget.option, terms, upper=1 + SLACK)
         for assembly in earlier:
             self._add_difference(builder, assembly, diversity)
+        for assembly in barred:
+            column = len(self.learnt.graph.edges) + self.known.index(assembly)
+            builder.row(f"not {assembly}", {column: 1.0}, upper=0)
         return builder.build()
 
     def _add_flow(self, builder: Builder) -> None:
@@ -124,11 +143,11 @@ class PathProgram:
         return peak
 
     def _add_difference(self, builder: Builder, earlier: Assembly, diversity: int) -> None:
-        """At most |earlier| − diversity of the earlier assembly's blocks."""
-        graph, first = self.learnt.graph, len(self.learnt.graph.edges)
-        terms = {column: 1.0 for block in earlier.blocks for column in graph.entering[block]}
+        """At most |earlier| − diversity of the earlier assembly's blocks, in whatever precision."""
+        graph, first, blocks = self.learnt.graph, len(self.learnt.graph.edges), set(earlier.plain.blocks)
+        terms = {column: 1.0 for block in graph.blocks if block.plain in blocks for column in graph.entering[block]}
         for place, assembly in enumerate(self.known):
-            terms[first + place] = float(len(set(assembly.blocks) & set(earlier.blocks)))
+            terms[first + place] = float(len(blocks & set(assembly.plain.blocks)))
         builder.row(f"other than {earlier}", terms, upper=max(len(earlier.blocks) - diversity, 0))
 
     def read(self, x: Array) -> Assembly:

@@ -36,9 +36,11 @@ KINDS = {
 class Select:
     """Finds the `top` best assemblies within all given budgets, each `diversity` blocks away from each better one.
 
+    A block in another precision is the same block here: of the forms of one network only the best is proposed, for
+    they would crowd out others (k blocks in p precisions make pᵏ forms).
     Predicted latencies must stay below (1 − `margin`) of the budget, measured ones below the budget. `heads` are the
     donors that may provide the last block (none named: all). `one_per_set` forbids leaving out an equivalence set,
-    `fresh` proposing what is known already (then there may be no candidate).
+    `fresh` proposing what is known already, in other precisions too if it fits (then there may be no candidate).
     `time_limit_s` bounds all solves together.
     """
 
@@ -80,7 +82,8 @@ class Select:
         knowledge: Knowledge,
     ) -> Learnt:
         """The graph of legal assemblies with predicted losses and latencies."""
-        graph = layered.build(cuts, partition, self.heads, one_per_set=self.one_per_set)
+        timed = table.blocks if table else None
+        graph = layered.build(cuts, partition, self.heads, one_per_set=self.one_per_set, timed=timed)
         return learn(graph, cuts, embedded, table, knowledge)
 
     def predict(
@@ -115,21 +118,32 @@ def select(learnt: Learnt, options: Select, solver: Solver) -> Selection:
     deadline = time.monotonic() + options.time_limit_s
     found: list[Assembly] = []
     proof: Solution | None = None
-    old = tuple(learnt.losses) if options.fresh else ()
+    old, barred = _known(program, budgets) if options.fresh else ((), ())
     while len(found) < options.top and not (found and time.monotonic() >= deadline):
-        integer = program.build("loss", budgets, (*old, *found), options.diversity)
+        integer = program.build("loss", budgets, (*old, *found), options.diversity, barred)
         answer = solver.solve(integer, time_limit_s=max(deadline - time.monotonic(), 0.0))
         if answer.x is None:
             break
         proof = proof or answer
         found.append(program.read(answer.x))
-    if proof is None and old:
+    if proof is None and (old or barred):
         return Selection((), solver.name, answer.status, inf, inf, inf)
     if proof is None:
         raise _failure(answer, program, budgets, solver, options)
     candidates = tuple(Candidate(a, learnt.expected_loss(a), learnt.predict(a)) for a in found)
     best = candidates[0].objective
     return Selection(candidates, solver.name, proof.status, best, min(proof.bound, best), proof.gap)
+
+
+def _known(program: PathProgram, budgets: tuple[Budget, ...]) -> tuple[tuple[Assembly, ...], tuple[Assembly, ...]]:
+    """Evaluated assemblies that stand for all their forms, and those of which another form may do.
+
+    Another precision may bring into the budget what is over it, or save what failed (a loss of 1). Where the evaluated
+    one fits, it was the best of its forms.
+    """
+    evaluated = program.learnt.losses
+    useful = {a: program.fits(a, budgets) and loss < 1 for a, loss in evaluated.items()}
+    return tuple(a for a in useful if useful[a]), tuple(a for a in useful if not useful[a])
 
 
 def _program(learnt: Learnt, options: Select) -> PathProgram:
@@ -140,7 +154,7 @@ def _program(learnt: Learnt, options: Select) -> PathProgram:
     if options.top < 1 or options.diversity < 1:
         raise UsageError(f"top ({options.top}) and diversity ({options.diversity}) must be at least 1")
     if not learnt.graph.entering[None]:
-        raise UsageError("no donor has a head that fits the task")
+        raise UsageError("no donor has a head that fits the task and could be built for the target")
     return PathProgram(learnt, options.margin)
 
 
@@ -150,6 +164,8 @@ def _failure(
     if answer.status != "infeasible":
         limit = f"{options.time_limit_s:g} s"
         return DercError(f"{solver.name} found no assembly within {limit}: allow more time, or a larger budget")
+    if not budgets:
+        return InfeasibleError("no network can be put together from the blocks that could be built for the target")
     least = {budget: _least(program, budget, solver, options.time_limit_s) for budget in budgets}
     missed = {budget: reached for budget, reached in least.items() if reached[0] > budget.limit}
     together = " together" if not missed and len(budgets) > 1 else ""

@@ -9,6 +9,7 @@ import numpy as np
 
 from derc import layered, stitching
 from derc.artifacts import Assembly, BlockRef, CutZoo, EmbeddedZoo, Evaluated, Knowledge, LatencyTable, Partition
+from derc.engine import PRECISIONS
 from derc.learnt import Learnt
 from derc.passes.partition import PartitionZoo, partition
 from derc.passes.select import Select
@@ -26,6 +27,13 @@ class Problem:
     partition: Partition
     table: LatencyTable
 
+    @property
+    def variants(self) -> list[BlockRef]:
+        """Every block in every precision that the table knows."""
+        blocks = [block for chain in self.partition.blocks.values() for block in chain]
+        forms = [replace(block, precision=precision) for block in blocks for precision in PRECISIONS]
+        return [form for form in forms if str(form) in self.table.blocks]
+
     def learn(self, options: Select, knowledge: Knowledge = NOTHING) -> Learnt:
         return options.learn(self.cuts, self.embedded, self.partition, self.table, knowledge)
 
@@ -33,12 +41,33 @@ class Problem:
         return Assembly(self.partition.blocks[donor])
 
 
-def random_problem(seed: int, sizes: tuple[int, ...], blocks: int = 3, *, accuracy: bool = True) -> Problem:
+def random_problem(
+    seed: int, sizes: tuple[int, ...], blocks: int = 3, *, accuracy: bool = True, lower: tuple[str, ...] = ()
+) -> Problem:
+    """`lower` precisions are there for four blocks of five, and one block of twenty could not be built at all."""
     random = np.random.default_rng(seed)
     cuts = random_cuts(seed, sizes)
     embedded = random_embedded(seed, cuts, accuracy=accuracy)
     found = partition(cuts, embedded, PartitionZoo(blocks=blocks, starts=4))
-    return Problem(cuts, embedded, found, random_table(random, cuts, found))
+    table = random_table(random, cuts, found)
+    return Problem(cuts, embedded, found, with_precisions(random, found, table, lower) if lower else table)
+
+
+def with_precisions(
+    random: np.random.Generator, found: Partition, table: LatencyTable, lower: tuple[str, ...]
+) -> LatencyTable:
+    """The table with most blocks in `lower` precisions too, and a few not in float32."""
+    blocks, distortion = dict(table.blocks), dict[str, float]()
+    for block in (block for chain in found.blocks.values() for block in chain):
+        plain = blocks.pop(str(block)) if random.random() < 0.05 else blocks[str(block)]
+        for precision in lower:
+            if random.random() < 0.8:
+                key = str(replace(block, precision=precision))
+                blocks[key], distortion[key] = (
+                    latency(plain.ms * float(random.uniform(0.3, 1.2))),
+                    random.uniform(0, 0.3),
+                )
+    return replace(table, blocks=blocks or table.blocks, distortion=distortion)
 
 
 def random_table(random: np.random.Generator, cuts: CutZoo, found: Partition) -> LatencyTable:
@@ -71,9 +100,8 @@ def random_knowledge(seed: int, learnt: Learnt, count: int) -> Knowledge:
 
 def legal(problem: Problem, options: Select) -> Iterator[Assembly]:
     """Every assembly, straight from the definition: no use of the layered graph."""
-    chains = problem.partition.blocks
-    blocks = [block for chain in chains.values() for block in chain]
-    heads = options.heads or tuple(chains)
+    blocks = problem.variants
+    heads = options.heads or tuple(problem.partition.blocks)
 
     def joins(a: BlockRef, b: BlockRef) -> bool:
         if b.set <= a.set or (options.one_per_set and b.set != a.set + 1):

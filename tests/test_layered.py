@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from derc import layered, stitching
-from derc.artifacts import Assembly, BlockRef, Partition
+from derc.artifacts import Assembly, BlockRef, Partition, decode, digest, encode
+from derc.errors import DercError
 from derc.passes.select import Select
 from tests.layers import legal, paths, random_problem
 from tests.zoos import random_cuts
@@ -19,13 +23,20 @@ from tests.zoos import random_cuts
     sizes=st.lists(st.integers(3, 6), min_size=1, max_size=3),
     heads=st.sampled_from([(), ("d0",)]),
     one_per_set=st.booleans(),
+    lower=st.sampled_from([(), ("int8",), ("bf16", "int8")]),
 )
-def test_paths_are_the_legal_assemblies(seed: int, sizes: list[int], heads: tuple[str, ...], one_per_set: bool) -> None:
-    problem = random_problem(seed, tuple(sizes))
+def test_paths_are_the_legal_assemblies(
+    seed: int, sizes: list[int], heads: tuple[str, ...], one_per_set: bool, lower: tuple[str, ...]
+) -> None:
+    problem = random_problem(seed, tuple(sizes), lower=lower)
     options = Select(heads=heads, one_per_set=one_per_set)
     found = set(paths(problem.learn(options)))
     assert found == set(legal(problem, options))
-    assert all(problem.intact(name) in found for name in heads or problem.partition.blocks)
+    built = [
+        name for name in heads or problem.partition.blocks if set(problem.intact(name).blocks) <= set(problem.variants)
+    ]
+    assert all(problem.intact(name) in found for name in built)
+    assert lower or len(built) == len(heads or problem.partition.blocks)
     if one_per_set:
         assert all([block.set for block in assembly.blocks] == [0, 1, 2] for assembly in found)
 
@@ -82,3 +93,54 @@ def test_nothing_follows_pooled_features_but_their_own_head() -> None:
         for edge in graph.edges
         if edge.source and edge.source.set == 1
     )
+
+
+def in_precisions(assembly: Assembly, *precisions: str) -> Assembly:
+    return Assembly(tuple(replace(b, precision=p) for b, p in zip(assembly.blocks, precisions, strict=True)))
+
+
+def test_a_donor_goes_on_in_any_precision_without_a_stitch() -> None:
+    problem = random_problem(4, (6, 5))
+    every = {str(replace(block, precision=p)) for block in problem.variants for p in ("fp32", "int8")}
+    graph = layered.build(problem.cuts, problem.partition, timed=every)
+    plain = graph.path(problem.intact("d0")) or ()
+    for precisions in itertools.product(("fp32", "int8"), repeat=3):
+        path = graph.path(in_precisions(problem.intact("d0"), *precisions)) or ()
+        assert len(path) == len(plain) and all(graph.edges[place].stitch is None for place in path)
+        costs, want = graph.costs(path), graph.costs(plain)
+        assert (costs["params"], costs["macs"]) == (want["params"], want["macs"])
+
+
+def test_an_int8_block_takes_a_quarter_of_the_weights_and_its_stitch_does_not() -> None:
+    problem = random_problem(3, (4, 5), blocks=2)
+    every = {str(replace(block, precision=p)) for block in problem.variants for p in ("fp32", "int8")}
+    graph = layered.build(problem.cuts, problem.partition, timed=every)
+    first, last = problem.partition.blocks["d0"][0], problem.partition.blocks["d1"][1]
+    plain = Assembly((first, last))
+    saved = sum(unit.params for unit in problem.cuts.donors["d1"].units[last.first :]) * 3 / 1e6
+    full, mixed = (graph.costs(graph.path(a) or ())["memory_mb"] for a in (plain, in_precisions(plain, "fp32", "int8")))
+    assert full - mixed == pytest.approx(saved)
+
+
+def test_intact_means_the_donor_as_it_is() -> None:
+    problem = random_problem(4, (6, 5))
+    donor = problem.intact("d0")
+    lower = in_precisions(donor, "fp32", "int8", "fp32")
+    assert donor.intact and donor.plain is donor
+    assert not lower.intact and not any(lower.stitched) and lower.plain == donor
+    assert str(lower) == str(donor).replace(str(donor.blocks[1]), f"{donor.blocks[1]}@int8")
+
+
+def test_a_precision_is_stored_only_where_it_is_a_lower_one() -> None:
+    donor = random_problem(4, (6, 5)).intact("d0")
+    assert "precision" not in encode(donor)[0]
+    lower = in_precisions(donor, "fp32", "int8", "fp32")
+    assert encode(lower)[0].count("precision") == 1
+    assert decode(Assembly, *encode(lower)) == lower
+    assert digest(lower) != digest(donor)
+
+
+def test_a_table_without_any_block_of_the_partition_is_an_error() -> None:
+    problem = random_problem(7, (6, 6))
+    with pytest.raises(DercError, match="no block of this partition"):
+        layered.build(problem.cuts, problem.partition, timed=["d0[0:99]"])

@@ -86,19 +86,28 @@ def test_additive_truth_is_learnt_from_samples() -> None:
     assert np.mean(errors[1]) < 0.5 * np.mean(errors[0])
 
 
-def test_corrections_are_those_of_the_explicit_regression() -> None:
-    problem = random_problem(6, (4, 4, 4))
+@pytest.mark.parametrize("lower", [(), ("fp16", "int8")])
+def test_corrections_are_those_of_the_explicit_regression(lower: tuple[str, ...]) -> None:
+    problem = random_problem(6, (4, 4, 4), lower=lower)
     learnt = problem.learn(Select())
     graph = learnt.graph
     known = {a: float(i % 5) for i, a in enumerate(list(paths(learnt))[::7])}
     spreads = (0.3, 0.2, 0.5, 0.1)
-    number = {block: i for i, block in enumerate(graph.blocks)}
-    design = np.zeros((len(graph.edges), 1 + len(number) + len(graph.edges)))
+    columns: dict[object, int] = {}
+
+    def column(feature: object) -> int:
+        return columns.setdefault(feature, len(columns))
+
+    design = np.zeros((len(graph.edges), 4 * len(graph.edges)))
     for place, edge in enumerate(graph.edges):
-        design[place, 0] = 0.3 * (edge.stitch is not None)
+        design[place, column("stitched")] = 0.3 * (edge.stitch is not None)
         if edge.target is not None:
-            design[place, 1 + number[edge.target]] = 0.2
-            design[place, 1 + len(number) + place] = 0.5
+            source = edge.source and (edge.source.donor, edge.source.first)
+            target = edge.target.donor, edge.target.first
+            design[place, column(target)] = 0.2
+            design[place, column((source, target))] = 0.5
+            if edge.target.precision != "fp32":
+                design[place, column((target, edge.target.precision))] = 0.2
     rows = np.array([design[list(graph.path(a) or ())].sum(axis=0) for a in known])
     residual = np.array([v - learnt.loss[list(graph.path(a) or ())].sum() for a, v in known.items()])
     weights = np.linalg.solve(rows.T @ rows + 0.01 * np.eye(rows.shape[1]), rows.T @ residual)
@@ -116,7 +125,7 @@ def test_assemblies_of_another_partition_are_left_out() -> None:
 
 def test_a_table_of_another_partition_is_an_error() -> None:
     problem = random_problem(7, (6, 6))
-    with pytest.raises(DercError, match="no block d0"):
+    with pytest.raises(DercError, match="no block of this partition"):
         replace(problem, table=replace(problem.table, blocks={})).learn(Select())
 
 
@@ -161,3 +170,31 @@ def test_refitting_is_deterministic() -> None:
     assert np.array_equal(one.loss, two.loss)
     known = {a: ms for a, (ms, _) in one.measured.items()}
     assert np.array_equal(latencies(learnt.graph, problem.table, known), two.latency_ms)
+
+
+def test_a_lower_precision_costs_its_distortion() -> None:
+    problem = random_problem(0, (6, 5), lower=("int8",))
+    learnt = problem.learn(Select())
+    loss = prior_loss(learnt.graph, problem.cuts, problem.embedded, problem.table.distortion)
+    for edge, place in ((edge, place) for place, edge in enumerate(learnt.graph.edges) if edge.target):
+        plain = learnt.graph.places.get((edge.source, edge.target.plain))
+        if edge.target.precision == "int8" and plain is not None:
+            distortion = problem.table.distortion[str(edge.target)]
+            assert loss[place] - loss[plain] == pytest.approx(0.001 + distortion)
+    unknown = prior_loss(learnt.graph, problem.cuts, problem.embedded)
+    assert (unknown[loss == loss] >= 0).all() and not np.array_equal(unknown, loss)
+
+
+def test_a_bad_score_in_int8_is_held_against_int8_more_than_against_the_block() -> None:
+    problem = random_problem(1, (5, 5), lower=("int8",))
+    before = problem.learn(Select())
+    mixed = [a for a in paths(before) if any(a.stitched) and [b.precision for b in a.blocks].count("int8") == 1]
+    bad = next(a for a in mixed if before.graph.path(a.plain))
+    after = problem.learn(Select(), Knowledge((Evaluated(bad, 1 - before.expected_loss(bad) - 0.3),)))
+    (low,) = (block for block in bad.blocks if block.precision == "int8")
+    change = after.loss - before.loss
+    for place in before.graph.entering[low]:
+        edge = before.graph.edges[place]
+        plain = before.graph.places.get((edge.source, low.plain))
+        if plain is not None:
+            assert change[place] > change[plain] > 0

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from derc.artifacts import Assembly, Evaluated, Knowledge
@@ -30,23 +30,32 @@ def budgeted(problem: Problem, learnt: Learnt, options: Select, names: tuple[str
     return replace(options, **{n: float(np.quantile([t[n] for t in taken], share)) for n in names})
 
 
+def spans_of(assembly: Assembly) -> set[tuple[str, int, int]]:
+    """The blocks whatever their precision."""
+    return {(block.donor, block.first, block.last) for block in assembly.blocks}
+
+
 def overlap(one: Assembly, other: Assembly) -> int:
-    return len(set(one.blocks) & set(other.blocks))
+    return len(spans_of(one) & spans_of(other))
 
 
 def enumerate_top(learnt: Learnt, options: Select) -> list[float]:
     """Losses of the top solutions, each the best that differs enough from those before."""
     feasible = sorted((a for a in paths(learnt) if fits(learnt, options, a)), key=learnt.expected_loss)
     chosen: list[Assembly] = []
+    if options.fresh:
+        feasible = [a for a in feasible if a not in learnt.losses]
+        chosen = [a for a, loss in learnt.losses.items() if fits(learnt, options, a) and loss < 1]
+    known = len(chosen)
     for assembly in feasible:
         far = all(overlap(a, assembly) <= max(len(a.blocks) - options.diversity, 0) for a in chosen)
-        if far and len(chosen) < options.top:
+        if far and len(chosen) < known + options.top:
             chosen.append(assembly)
-    return [learnt.expected_loss(assembly) for assembly in chosen]
+    return [learnt.expected_loss(assembly) for assembly in chosen[known:]]
 
 
 @both
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     sizes=st.lists(st.integers(3, 6), min_size=1, max_size=3),
@@ -59,8 +68,10 @@ def enumerate_top(learnt: Learnt, options: Select) -> list[float]:
         margin=st.sampled_from([0.0, 0.15]),
         one_per_set=st.booleans(),
         heads=st.sampled_from([(), ("d0",)]),
+        fresh=st.booleans(),
     ),
     evaluated=st.integers(0, 6),
+    lower=st.sampled_from([(), ("int8",), ("fp16", "int8")]),
 )
 def test_against_enumeration(
     solver: Solver,
@@ -70,11 +81,16 @@ def test_against_enumeration(
     share: float,
     options: Select,
     evaluated: int,
+    lower: tuple[str, ...],
 ) -> None:
-    problem = random_problem(seed, tuple(sizes))
+    problem = random_problem(seed, tuple(sizes), lower=lower)
     learnt = problem.learn(options, random_knowledge(seed, problem.learn(options), evaluated))
+    assume(any(True for _ in paths(learnt)))
     options = budgeted(problem, learnt, options, tuple(sorted(names)), share)
     truth = enumerate_top(learnt, options)
+    if not truth and options.fresh and learnt.losses:
+        assert not select(learnt, options, solver).candidates
+        return
     if not truth:
         with pytest.raises(InfeasibleError):
             select(learnt, options, solver)
@@ -236,3 +252,46 @@ def test_a_zoo_of_one_donor_selects_itself_and_the_pass_runs_from_a_context() ->
         problem.intact("d0"), problem.cuts, problem.embedded, problem.partition, problem.table, Knowledge()
     )
     assert predicted == found.candidates[0].predicted
+
+
+def test_where_the_blocks_that_were_built_meet_in_no_path_that_is_said() -> None:
+    problem = random_problem(0, (6,), blocks=3)
+    last = str(problem.partition.blocks["d0"][-1])
+    table = replace(problem.table, blocks={last: problem.table.blocks[last]})
+    with pytest.raises(InfeasibleError, match="no network can be put together"):
+        select(replace(problem, table=table).learn(Select()), Select(), Highs())
+
+
+def in_int8(assembly: Assembly) -> Assembly:
+    return Assembly(tuple(replace(block, precision="int8") for block in assembly.blocks))
+
+
+def test_of_one_network_only_the_best_form_is_proposed() -> None:
+    problem = random_problem(2, (6, 6, 6), blocks=4, lower=("fp16", "int8"))
+    found = [c.assembly for c in select(problem.learn(Select()), Select(top=12), Highs()).candidates]
+    assert len({assembly.plain for assembly in found}) == len(found) == 12
+
+
+def test_a_donor_over_the_budget_comes_back_in_int8_and_one_that_fits_does_not() -> None:
+    problem = random_problem(3, (5,))
+    chain, table = problem.partition.blocks["d0"], problem.table
+    low = {str(b): latency(0.4 * table.blocks[str(b.plain)].ms) for b in in_int8(Assembly(chain)).blocks}
+    both_forms = replace(table, blocks={**table.blocks, **low}, distortion=dict.fromkeys(low, 0.01))
+    learnt = replace(problem, table=both_forms).learn(Select())
+    own = table.donors["d0"]
+    tight = Select(latency_ms=0.9 * own.ms, fresh=True, top=1, params_m=learnt.predict(Assembly(chain))["params"] / 1e6)
+    (found,) = select(learnt, tight, Highs()).candidates
+    assert found.assembly.plain == Assembly(chain) and not found.assembly.intact
+    wide = select(learnt, replace(tight, latency_ms=2 * own.ms, one_per_set=True), Highs())
+    assert found.assembly.plain not in [c.assembly.plain for c in wide.candidates]
+
+
+def test_a_form_that_failed_does_not_stand_for_the_others() -> None:
+    problem = random_problem(3, (5,), lower=("fp16", "int8"))
+    options = Select(top=1, fresh=True, one_per_set=True)
+    failed, seen = Knowledge((Evaluated(problem.intact("d0"), 0.0),)), set()
+    for _ in range(3):
+        (found,) = select(problem.learn(options, failed), options, Highs()).candidates
+        assert found.assembly not in seen
+        seen.add(found.assembly)
+        failed = Knowledge((*failed.evaluated, Evaluated(found.assembly, 0.0)))
