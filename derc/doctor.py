@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import psutil
 
+from derc import wheels
 from derc.store import Store
 
 Severity = Literal["fault", "warning", "info"]
 REQUIRED = ("numpy", "networkx", "torch", "torchvision", "timm", "onnx", "onnxscript", "highspy", "safetensors")
-RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve", "bf16")
 GUROBI_FOLDERS = ("opt", "Library")
@@ -119,16 +119,14 @@ def _derc() -> Finding:
 
 
 def _onnxruntime() -> Finding:
-    found = {name: version for name in RUNTIMES if (version := _version(name)) is not None}
+    found = wheels.installed()
     detail = ", ".join(f"{name} {version}" for name, version in found.items())
     if not found:
         return Finding(
             "onnxruntime", False, "not installed", 'pip install "derc[cpu]", or "derc[gpu]" with an NVIDIA GPU'
         )
     if len(found) > 1:
-        keep = "onnxruntime-gpu" if "onnxruntime-gpu" in found else next(iter(found))
-        remedy = f"they overwrite each other: pip uninstall -y {' '.join(found)}, then pip install {keep}"
-        return Finding("onnxruntime", False, f"{detail} at once", remedy)
+        return Finding("onnxruntime", False, f"{detail} at once", f"they overwrite each other: {wheels.remedy(found)}")
     if not _intact("onnxruntime"):
         repair = f"pip install --force-reinstall {next(iter(found))}"
         return Finding("onnxruntime", False, f"{detail}, but its files are missing", repair)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import psutil
 import pytest
 import torch
 
-from derc.backends.onnxruntime import OnnxRuntime
+from derc.backends.onnxruntime import OnnxRuntime, check_placement
 from derc.errors import DercError, IntegrityError, MissingDependencyError, UsageError
 from derc.exporting import export
+from derc.providers import provider
 from derc.registry import ENGINES, load
 from tests.networks import make
 
@@ -94,12 +98,77 @@ def test_all_nodes_are_placed_on_the_cpu(engine, model, tmp_path):
     assert engine.load(tmp_path / "engine.onnx").placement() == {"CPUExecutionProvider": count}
 
 
-def test_an_absent_provider_is_not_replaced_silently(model):
-    class Elsewhere(OnnxRuntime):
-        provider = "NoSuchExecutionProvider"
+@pytest.mark.parametrize(
+    ("variant", "provider", "wheel"),
+    [
+        ("cuda", "CUDAExecutionProvider", "onnxruntime-gpu"),
+        ("tensorrt", "TensorrtExecutionProvider", "onnxruntime-gpu"),
+        ("openvino", "OpenVINOExecutionProvider", "onnxruntime-openvino"),
+    ],
+)
+def test_an_absent_provider_is_refused_at_once(variant, provider, wheel):
+    if provider in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime has {provider}")
+    with pytest.raises(MissingDependencyError, match=f"not {provider}.*pip install {wheel}$") as caught:
+        OnnxRuntime(variant=variant)
+    assert "pip uninstall -y onnxruntime" in str(caught.value)
 
-    with pytest.raises(MissingDependencyError, match="not NoSuchExecutionProvider"):
-        Elsewhere().open(model)
+
+def test_an_unknown_variant():
+    with pytest.raises(UsageError, match=r"unknown variant onnxruntime:cudo, known: cuda.*did you mean 'cuda'"):
+        OnnxRuntime(variant="cudo")
+
+
+def test_two_wheels_at_once_are_refused(monkeypatch):
+    versions = {"onnxruntime": "1.2", "onnxruntime-gpu": "1.3"}
+
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(MissingDependencyError, match=r"onnxruntime 1\.2, onnxruntime-gpu 1\.3 are installed at once"):
+        OnnxRuntime()
+
+
+def test_a_node_elsewhere_is_named():
+    wanted = provider("cuda")
+    check_placement(wanted, ["CUDAExecutionProvider", "CPUExecutionProvider"], {"CUDAExecutionProvider": 4})
+    with pytest.raises(DercError, match="left nodes off CUDAExecutionProvider \\(2 on CPUExecutionProvider\\)"):
+        check_placement(wanted, ["CUDAExecutionProvider"], {"CUDAExecutionProvider": 4, "CPUExecutionProvider": 2})
+    with pytest.raises(DercError, match="fell back from CUDAExecutionProvider to CPUExecutionProvider"):
+        check_placement(wanted, ["CPUExecutionProvider"], {})
+
+
+def test_options_of_the_providers():
+    assert provider("").options(2) == {}
+    assert provider("cuda").options(2)["enable_cuda_graph"] == "1"
+    assert provider("openvino").options(3) == {"device_type": "CPU", "precision": "FP32", "num_of_threads": "3"}
+    tensorrt = provider("tensorrt").options(2, Path("cache"))
+    assert tensorrt["trt_timing_cache_path"] == "cache" and "trt_timing_cache_path" not in provider("tensorrt").options(
+        2
+    )
+    assert not [name for name in tensorrt if "fp16" in name or "int8" in name or "engine_cache" in name]
+
+
+def test_int8_on_the_cpu(engine, model, network, images):
+    assert engine.precisions == ("fp32", "int8")
+    session = engine.open(engine.rewrite(model, "int8", [images]))
+    exact = network(torch.from_numpy(images)).detach().numpy()
+    step = np.abs(exact).max() / 255
+    assert 0 < np.abs(session.run(images) - exact).max() < 10 * step
+    assert set(session.placement()) == {"CPUExecutionProvider"}
+    with pytest.raises(UsageError, match="CPUExecutionProvider computes in fp32, int8, not in fp16"):
+        engine.rewrite(model, "fp16", [images])
+
+
+def test_an_int8_engine_is_written_and_loaded(engine, model, images, tmp_path):
+    rewritten = engine.rewrite(model, "int8", [images])
+    engine.build(rewritten, tmp_path / "engine.onnx")
+    assert any("QLinearConv" in node.op_type for node in onnx.load(tmp_path / "engine.onnx").graph.node)
+    loaded, opened = engine.load(tmp_path / "engine.onnx"), engine.open(rewritten)
+    np.testing.assert_array_equal(loaded.run(images), opened.run(images))
 
 
 def test_wrong_input_shape(engine, model):

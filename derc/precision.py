@@ -1,0 +1,91 @@
+"""A model's insides in another number format, and the proof on samples that nothing overflows there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from derc import halffloat, quantization
+from derc.artifacts import Array
+from derc.engine import PRECISIONS
+from derc.errors import MissingDependencyError, PrecisionError, UsageError, suggest
+from derc.quantization import Int8
+
+
+def rewrite(model: bytes, precision: str, samples: Sequence[Array], int8: Int8 = quantization.CPU) -> bytes:
+    """The ONNX `model` (one float32 input and output, which stay so) computed in `precision`, one of `PRECISIONS`.
+
+    `samples` are inputs of the model's own shape. Raises PrecisionError where a value on them is NaN or beyond the
+    format's range, UsageError for an unknown precision and for int8 without samples.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"unknown precision {precision!r}, known: {', '.join(PRECISIONS)}{suggest(precision, PRECISIONS)}"
+        )
+    if precision == "fp32":
+        return model
+    limit = halffloat.LIMITS.get(precision, float(np.finfo(np.float32).max))
+    check_range(model, samples, limit, precision)
+    if precision == "int8":
+        return quantization.quantise(model, samples, int8)
+    return halffloat.rewrite(model, precision)
+
+
+def check_range(model: bytes, samples: Sequence[Array], limit: float, precision: str) -> None:
+    """Raise PrecisionError where a float value of `model` is NaN or larger than `limit` on one of `samples`."""
+    for sample in samples:
+        for name, (largest, total) in ranges(model, sample).items():
+            if not np.isfinite(total):
+                raise PrecisionError(
+                    f"the value {name} is NaN or infinite already in fp32: leave out the donor, or the images that do it"
+                )
+            if largest > limit:
+                raise PrecisionError(
+                    f"the value {name} reaches {largest:.4g} on the probe images, beyond the range of {precision} "
+                    f"({limit:.4g}): keep this block fp32, or use bf16"
+                )
+
+
+def ranges(model: bytes, sample: Array) -> dict[str, tuple[float, float]]:
+    """For each float value of the model, its largest magnitude on `sample` and the sum of its magnitudes.
+
+    The sum tells of NaN, which a maximum may skip. Computed in float32 by ONNX Runtime on the CPU.
+    """
+    watched, names = _watched(model)
+    session = _session(watched)
+    found = session.run(None, {session.get_inputs()[0].name: sample})
+    return {name: (float(found[2 * i]), float(found[2 * i + 1])) for i, name in enumerate(names)}
+
+
+def _watched(model: bytes) -> tuple[bytes, list[str]]:
+    """The model with two numbers for outputs, largest and sum of magnitudes, of each float value that it computes."""
+    proto = onnx.shape_inference.infer_shapes(onnx.load_from_string(model))
+    graph = proto.graph
+    infos = (*graph.value_info, *graph.output)
+    floats = {info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT}
+    names = [name for node in graph.node for name in node.output if name in floats]
+    del graph.output[:]
+    for place, name in enumerate(names):
+        graph.node.append(helper.make_node("Abs", [name], [f"abs_{place}"]))
+        for kind in ("ReduceMax", "ReduceSum"):
+            graph.node.append(helper.make_node(kind, [f"abs_{place}"], [f"{kind}_{place}"], keepdims=0))
+            graph.output.append(helper.make_tensor_value_info(f"{kind}_{place}", TensorProto.FLOAT, []))
+    return bytes(proto.SerializeToString()), names
+
+
+def _session(model: bytes) -> Any:
+    if find_spec("onnxruntime") is None:
+        raise MissingDependencyError(
+            'lower precisions are checked with ONNX Runtime, which is absent: pip install "derc[cpu]"'
+        )
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
