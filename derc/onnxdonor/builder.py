@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from derc.artifacts import Array
 from derc.errors import UsageError
 from derc.onnxdonor.file import OnnxFile
-from derc.onnxdonor.values import FACTORS, Known, Operator, UnsupportedError, short
+from derc.onnxdonor.values import FACTORS, Known, Operator, UnsupportedError, as_tensor, floating, short
 
 Value = Known | fx.Node
 Size = int | fx.Node
@@ -57,7 +57,7 @@ class Builder:
         """The value called `name`, an initializer read on first use."""
         if name not in self.values:
             array = onnx.numpy_helper.to_array(self.weights[name])
-            self.values[name] = Known.constant(array, name if array.dtype.kind == "f" else "")
+            self.values[name] = Known.constant(array, name if floating(array) else "")
         return self.values[name]
 
     def given(self, op: Operator, index: int) -> bool:
@@ -161,7 +161,7 @@ class Builder:
 
     def attribute(self, hint: str, array: Array, *, trained: bool) -> fx.Node:
         """A new parameter, or buffer, whose path is near `hint`."""
-        value = torch.from_numpy(np.array(array))
+        value = as_tensor(array)
         return self._add("get_attr", self._place(hint, nn.Parameter(value) if trained else value), (), {})
 
     def _add(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:

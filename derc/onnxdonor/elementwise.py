@@ -15,7 +15,7 @@ from torch import fx
 
 from derc.onnxdonor.builder import Builder, check_batch
 from derc.onnxdonor.tables import OPERATORS, operator
-from derc.onnxdonor.values import Operator, UnsupportedError
+from derc.onnxdonor.values import Operator, UnsupportedError, as_tensor
 
 UNARY: dict[str, Callable[..., Any]] = {
     "Abs": torch.abs,
@@ -147,7 +147,7 @@ def where(net: Builder, op: Operator) -> fx.Node:
 def cast(net: Builder, op: Operator) -> fx.Node:
     x = net.tensor(op, 0)
     try:
-        kind = torch.from_numpy(np.zeros(0, onnx.helper.tensor_dtype_to_np_dtype(op.get("to")))).dtype
+        kind = as_tensor(np.zeros(0, onnx.helper.tensor_dtype_to_np_dtype(op.get("to")))).dtype
     except TypeError as error:
         raise UnsupportedError(f"{op} casts to a type that torch does not have") from error
     return x if x.meta["values"][0].dtype == kind else net.method("to", x, kind)

@@ -13,7 +13,7 @@ from torch import fx, nn
 from derc.artifacts import Array
 from derc.onnxdonor.builder import Builder
 from derc.onnxdonor.tables import operator
-from derc.onnxdonor.values import Known, Operator, UnsupportedError
+from derc.onnxdonor.values import Known, Operator, UnsupportedError, as_tensor
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -33,8 +33,10 @@ def hint(op: Operator, index: int = 1) -> str:
 
 
 def filled(module: nn.Module, **arrays: Array | None) -> nn.Module:
-    """The module with copies of these arrays as its parameters and buffers."""
-    state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items() if array is not None}
+    """The module with copies of these arrays as its parameters and buffers, in the type that they have."""
+    state = {name: as_tensor(array) for name, array in arrays.items() if array is not None}
+    for kind in {value.dtype for value in state.values()} - {torch.float32}:
+        module.to(kind)
     module.load_state_dict(module.state_dict() | state)
     return module
 
@@ -170,8 +172,9 @@ def gemm(net: Builder, op: Operator) -> fx.Node:
     bias = net.value(op.node.input[2]) if net.given(op, 2) else Known.constant(np.zeros(0, np.float32))
     if isinstance(weight, Known) and isinstance(bias, Known) and _is_row(bias):
         matrix = weight.arrays[0] if op.get("transB", 0) else weight.arrays[0].T
-        row = _row(bias.arrays[0] * np.float32(beta), len(matrix)) if net.given(op, 2) else None
-        return linear(net, hint(op), x, matrix * np.float32(alpha), row)
+        kind = matrix.dtype.type
+        row = _row(bias.arrays[0] * kind(beta), len(matrix)) if net.given(op, 2) else None
+        return linear(net, hint(op), x, matrix * kind(alpha), row)
     right = net.tensor(op, 1)
     y = net.call(torch.matmul, x, net.method("t", right) if op.get("transB", 0) else right)
     y = y if alpha == 1 else net.call(torch.mul, y, alpha)

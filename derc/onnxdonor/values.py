@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx.reference import ReferenceEvaluator
 from torch import fx
 
@@ -77,6 +78,18 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
+def floating(array: Array) -> bool:
+    """Whether the numbers are floating-point, also of the type bfloat16 that numpy does not know."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """A copy of the array in torch's type of the same name; raises TypeError where there is none."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
 def short(value: float) -> float:
     """The shortest decimal that float32 rounds to the same number."""
     return float(str(np.float32(value)))
@@ -106,7 +119,7 @@ def folded(op: Operator, inputs: Mapping[str, Known], opsets: Mapping[str, int])
     found = []
     for arrays in zip(*(runs * len(FACTORS) if fixed else runs), strict=True):
         arrays = tuple(np.asarray(array) for array in arrays)
-        value = Known(arrays, weight if arrays[0].dtype.kind == "f" else "", source)
+        value = Known(arrays, weight if floating(arrays[0]) else "", source)
         if not value.fixed and (arrays[0].ndim > 1 or arrays[0].size > LARGEST_SHAPE or value.weight):
             return None
         found.append(value)
