@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from derc import __version__
+from derc.cli_targets import targets
 
 if TYPE_CHECKING:
     from derc.config import CompileSettings
@@ -241,6 +242,9 @@ def cache_gc(older_than_days: float | None, max_mb: float | None, everything: bo
     limit = None if max_mb is None else int(max_mb * 1e6)
     count, freed = _store().gc(max_bytes=limit, older_than_days=older_than_days, everything=everything)
     click.echo(f"removed {count} entries, {freed / 1e6:.1f} MB")
+
+
+cli.add_command(targets)
 
 
 def _store() -> Any:

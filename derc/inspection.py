@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from derc.artifacts import Latency, LatencyTable, digest
+from derc.artifacts import Latency, LatencyTable, digest, encode
 from derc.config import CompileSettings
 from derc.console import Console
 from derc.donor import Donor
@@ -134,21 +136,36 @@ def show_partition(settings: CompileSettings, console: Console) -> Shown:
 
 
 def show_profile(settings: CompileSettings, console: Console, output: Path | None) -> Shown:
-    """The latency table; written to `output` as JSON where given."""
+    """The latency table; written to `output`, to be imported elsewhere, with the raw samples beside it where given."""
     from derc.compiler import analyse
     from derc.compiler import profile as measure
+    from derc.tables import write
     from derc.workspace import open_context
 
+    if output is not None:
+        check_writable(output)
     context = open_context(settings, console)
     timings = Timings()
-    table = measure(context, analyse(context, settings, timings), settings, timings)
-    plain = asdict(table)
+    analysis = analyse(context, settings, timings)
+    table = measure(context, analysis, settings, timings)
+    samples: Mapping[str, Any] = getattr(table, "samples", {})
     if output is not None:
-        try:
-            output.write_text(json.dumps(plain, indent=1), encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"the latency table cannot be written to {output}: {error.strerror}") from error
+        from derc.tabling import table_file
+
+        file = table_file(context, analysis.cuts, analysis.partition, table, settings.profile_s)
+        write(file, output, samples)
+    shown = {f.name: getattr(table, f.name) for f in fields(table) if f.name != "samples"}
+    plain = {name: json.loads(encode(value)[0]) for name, value in shown.items()}
     return plain, _table_text(table)
+
+
+def check_writable(output: Path) -> None:
+    """Raise UsageError, before anything is measured, where no file can be written at `output`."""
+    parent = output.absolute().parent
+    if output.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(
+            f"the latency table cannot be written to {output}: name a file in a folder that can be written"
+        )
 
 
 def _table_text(table: LatencyTable) -> str:

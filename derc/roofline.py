@@ -95,9 +95,7 @@ def device_threads(target: Target) -> int:
 
 def calibrate(target: Target, samples: Sequence[Sample]) -> Calibration:
     """Factors for `target` by samples of it with its engine, else of it, else of devices of its kind, else defaults."""
-    if target.device is None:
-        raise DercError(f"target {target.name} has no device description: load it with Target.load")
-    kind = target.device.kind
+    kind = target.known.kind
     own = [one for one in samples if one.target == target.name]
     for found, basis in (
         ([one for one in own if one.engine == target.engine], f"{target.name} with {target.engine}"),
@@ -171,9 +169,7 @@ def predictions(
     calibration: Calibration, target: Target, works: Mapping[str, Work], precisions: Mapping[str, str] | None = None
 ) -> dict[str, Latency]:
     """Predicted latencies by name; `precisions` by name, fp32 where not given."""
-    if target.device is None:
-        raise DercError(f"target {target.name} has no device description: load it with Target.load")
-    device, threads, given = target.device, device_threads(target), precisions or {}
+    device, threads, given = target.known, device_threads(target), precisions or {}
     return {
         name: calibration.predict(work, device, threads=threads, precision=given.get(name, "fp32"))
         for name, work in works.items()

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from derc.devices import Gpu, gpus
 from derc.engine import PRECISIONS
-from derc.errors import MissingDependencyError, UsageError, suggest
+from derc.errors import DercError, MissingDependencyError, UsageError, suggest
 
 SHIPPED = Path(__file__).parent / "targets"
 RATES = (*PRECISIONS, "tf32")
@@ -80,6 +80,13 @@ class Target:
                 "--target path/to/mine.toml"
             )
         return cls(described.name, described.engine, threads, batch, described.device())
+
+    @property
+    def known(self) -> Device:
+        """What is known of the device; raises DercError for a target that no file describes."""
+        if self.device is None:
+            raise DercError(f"target {self.name} has no device description: take it from Target.load")
+        return self.device
 
     @property
     def present(self) -> bool:
@@ -184,7 +191,9 @@ def found(folder: Path) -> dict[str, Path]:
 
     Raises UsageError where the user's file has a shipped one's name.
     """
-    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.toml"), key=lambda path: (path.stem != "cpu", path))}
+    shipped = {
+        path.stem: path for path in sorted(SHIPPED.glob("*.toml"), key=lambda path: (path.stem != "cpu", path.stem))
+    }
     own = {path.stem: path for path in sorted(folder.glob("*.toml"))}
     for name in own.keys() & shipped.keys():
         raise UsageError(f"{own[name]} has the name of a target that derc ships: rename the file and the name in it")
