@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import onnxruntime
+from onnx import TensorProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from derc import providers, quantization, wheels
@@ -119,6 +120,20 @@ class OnnxRuntime:
         self.threads = resolve(threads)
         wheels.check_one(self.provider.wheel)
         check_available(self.provider, onnxruntime.get_available_providers())
+        if self.provider.accelerator:
+            self._probe()
+
+    def _probe(self) -> None:
+        """Raise MissingDependencyError where the provider's own libraries or its device are absent."""
+        if self.provider.memory == "cuda":
+            onnxruntime.preload_dlls()
+        try:
+            self.open(_smallest()).close()
+        except DercError as error:
+            raise MissingDependencyError(
+                f"{self.provider.name} does not start on this machine ({error}): install its libraries and driver, "
+                "or choose another engine"
+            ) from error
 
     def describe(self) -> dict[str, str]:
         """Versions, provider, device and threads: a latency is valid for exactly these."""
@@ -238,6 +253,14 @@ def placed(session: Any) -> dict[str, int]:
     for part in session.get_provider_graph_assignment_info():
         count[part.ep_name] = count.get(part.ep_name, 0) + len(part.get_nodes())
     return count
+
+
+def _smallest() -> bytes:
+    """A model of one ReLU."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, 2, 2]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", ends[:1], ends[1:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return bytes(made.SerializeToString())
 
 
 def _device(wanted: Provider) -> dict[str, str]:

@@ -42,7 +42,7 @@ def check_range(model: bytes, samples: Sequence[Array], limit: float, precision:
         for name, (largest, total) in ranges(model, sample).items():
             if not np.isfinite(total):
                 raise PrecisionError(
-                    f"the value {name} is NaN or infinite already in fp32: leave out the donor, or the images that do it"
+                    f"the value {name} is NaN or infinite in fp32 already: leave out the donor, or these images"
                 )
             if largest > limit:
                 raise PrecisionError(
@@ -89,3 +89,21 @@ def _session(model: bytes) -> Any:
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def used(model: onnx.ModelProto) -> tuple[str, ...]:
+    """The formats that a model is computed in, of `PRECISIONS` and in their order.
+
+    int8 is where values are rounded between QuantizeLinear and DequantizeLinear; float32 where a product, a sum or an
+    activation has a float32 result that is not rounded.
+    """
+    typed = onnx.shape_inference.infer_shapes(model)
+    infos = (*typed.graph.value_info, *typed.graph.output)
+    kinds = {info.name: info.type.tensor_type.elem_type for info in infos}
+    rounded = {name for node in typed.graph.node if node.op_type == "QuantizeLinear" for name in node.input[:1]}
+    found = {"int8"} if rounded else set[str]()
+    names = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+    for node in typed.graph.node:
+        if node.op_type not in ("Cast", "QuantizeLinear", "DequantizeLinear", "Identity", "Constant"):
+            found |= {names[kinds[name]] for name in node.output if kinds.get(name) in names and name not in rounded}
+    return tuple(name for name in PRECISIONS if name in found)

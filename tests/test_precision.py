@@ -16,7 +16,7 @@ from torch import nn
 from derc import halffloat, quantization
 from derc.errors import PrecisionError, UsageError
 from derc.exporting import export
-from derc.precision import ranges, rewrite
+from derc.precision import ranges, rewrite, used
 from tests.networks import make
 
 FAMILIES = ("resnet", "mobilenet", "convnext", "vit", "swin")
@@ -131,7 +131,7 @@ def test_minus_infinity_of_a_mask_stays_the_lowest():
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_nan_in_float32_is_told_apart(precision):
     model = model_of([helper.make_node("Sqrt", ["x"], ["y"])], {}, [2])
-    with pytest.raises(PrecisionError, match="value y is NaN or infinite already in fp32"):
+    with pytest.raises(PrecisionError, match="value y is NaN or infinite in fp32 already"):
         rewrite(model, precision, [np.array([1, -1], np.float32)])
 
 
@@ -212,3 +212,11 @@ def test_weights_are_reduced_where_sums_would_overflow(tmp_path, models, images)
     assert max(np.abs(w.astype(int)).max() for w in weights if w.ndim == 4) <= 64
     info.write_text("flags\t\t: fpu avx2 avx512f avx512_vnni\n")
     assert quantization.for_cpu(tmp_path) == quantization.CPU == quantization.for_cpu(tmp_path / "elsewhere")
+
+
+def test_the_formats_of_a_model_are_told(models, images):
+    def formats(precision, model=models["resnet"]):
+        return used(onnx.load_from_string(rewrite(model, precision, [images])))
+
+    assert formats("fp32") == ("fp32",) and formats("fp16") == ("fp16",) and formats("bf16") == ("bf16",)
+    assert formats("int8") == formats("int8", models["vit"]) == ("fp32", "int8")  # means and sums stay
