@@ -125,14 +125,16 @@ def foresee(target: Target, wanted: Wanted, works: Mapping[str, Work], tables: S
 
 
 def samples(tables: Iterable[TableFile]) -> list[Sample]:
-    """What the tables measured of donors and blocks, for a calibration."""
+    """What the tables measured, for a calibration; all stitches of a table count as one network."""
     found = []
     for table in tables:
         for entry in table.entries:
-            if entry.kind == "stitch" or entry.work is None or entry.provenance != "measured":
+            if entry.work is None or entry.provenance != "measured":
                 continue
-            donor, _, _, precision = span(entry.name) if entry.kind == "block" else (entry.name, 0, 0, "fp32")
-            network, threads = table.donors[donor].digest, max(table.threads, 1)
+            network, precision, threads = table.seal, "fp32", max(table.threads, 1)
+            if entry.kind != "stitch":
+                donor, _, _, precision = span(entry.name) if entry.kind == "block" else (entry.name, 0, 0, "fp32")
+                network = table.donors[donor].digest
             found.append(
                 Sample(network, entry.work.work(), entry.ms, table.device, table.target, table.spec, threads, precision)
             )

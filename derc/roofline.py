@@ -1,9 +1,9 @@
 """Latencies without a measurement: a roofline with overhead, in a device's public figures, calibrated by tables.
 
-    ms = a·kernels·overhead + b·macs/peak + c·depthwise/peak + d·bytes/bandwidth
+    ms = (a + b·kernels)·overhead + c·macs/peak + d·depthwise/peak + e·bytes/bandwidth
 
-The four factors say by how much a device misses its figures (Williams et al. 2009 with a launch overhead, as a sum in
-place of the maximum, which latencies of small kernels are nearer to).
+The factors say by how much a device misses its figures (Williams et al. 2009, with overheads of a call and of a kernel,
+and as a sum in place of the maximum, which latencies of small kernels are nearer to).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from derc.errors import DercError
 from derc.target import Device, Target
 from derc.workload import FLOAT_BYTES, Work
 
-DEFAULT = (1.0, 2.0, 8.0, 1.5)
-"""Factors where nothing was measured: half the peak in dense products, an eighth of that in depthwise ones."""
+DEFAULT = (4.0, 1.0, 2.0, 8.0, 1.5)
+"""Factors where nothing was measured: half the peak in dense products, an eighth of it in depthwise ones."""
 UNCALIBRATED = 4.0
 """Where nothing was measured, the latency lies within this factor, up or down."""
 FEW = 2.0
@@ -70,7 +70,7 @@ class Calibration:
 
 
 def features(work: Work, device: Device, threads: int = 1, precision: str = "fp32") -> Array:
-    """Milliseconds of launches, dense products, depthwise products and memory, each at the device's own figures.
+    """Milliseconds of the call, kernels, dense and depthwise products and memory, each at the device's own figures.
 
     A precision that has no peak of its own runs at that of fp32.
     """
@@ -80,6 +80,7 @@ def features(work: Work, device: Device, threads: int = 1, precision: str = "fp3
     moved = work.bytes * BYTES[precision] / FLOAT_BYTES
     return np.array(
         [
+            device.overhead / 1e3,
             work.kernels * device.overhead / 1e3,
             2 * work.macs / peak / 1e9,
             2 * work.depthwise / peak / 1e9,
@@ -133,22 +134,25 @@ def fit(samples: Sequence[Sample], basis: str = "", *, widen: bool = False) -> C
 
 
 def factors(rows: Array, ms: Array) -> Array:
-    """The factors f of `fit` for feature rows (n, 4); what no row asks for keeps its scaled default."""
+    """The factors f of `fit` for feature rows (n, 5); what no row asks for keeps its scaled default."""
     default = np.array(DEFAULT)
     scale = float(np.exp(np.median(np.log(ms / (rows @ default)))))
     found = default * scale
     asked = np.flatnonzero(rows.sum(0) > 0)
     if len(ms) < ENOUGH:
         return found
+    idle = np.setdiff1d(np.arange(len(default)), asked)
     for _ in range(ROUNDS):
+        before = found
         predicted = rows @ found
         weights = 1 / np.sqrt(ms * predicted) / np.sqrt(np.maximum(np.abs(np.log(predicted / ms)), SMOOTH))
         least = LEAST_SHARE * scale * default
         rest = weights * (ms - rows @ least)
         found = least.copy()
         found[asked] += nonnegative(weights[:, None] * rows[:, asked], rest)
-        idle = np.setdiff1d(np.arange(len(default)), asked)
         found[idle] = default[idle] * scale
+        if np.allclose(found, before, rtol=1e-9, atol=0):
+            break
     return found
 
 
