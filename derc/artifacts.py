@@ -129,7 +129,10 @@ class LatencyTable:
     Keys of `donors` are names (the intact network, as shipped), of `blocks` `str(BlockRef)`, of `stitches`
     `stitching.key(source, target)`. A block that could not be built is not among them. `noise` is the A/A control's
     relative difference. `distortion` is, for a block in a lower precision, the share of its output's variance over the
-    probe set by which that differs from float32.
+    probe set by which that differs from float32. `failed` says why a part has no latency. `networks` are assemblies
+    measured whole, and `errors` (by `str(Assembly)`) those of the prediction for each network measured whole, by all
+    others: predicted ÷ measured − 1. `samples` are the raw seconds, in order of time, by kind and name (``block
+    resnet[0:3]``). `timed_s` of the `measured_s` seconds of measuring were spent inside runs.
     """
 
     target: str
@@ -139,6 +142,12 @@ class LatencyTable:
     stitches: dict[str, Latency]
     noise: float
     distortion: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    networks: tuple[Evaluated, ...] = ()
+    errors: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, Array] = field(default_factory=dict)
+    timed_s: float = 0.0
+    measured_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,11 @@ class Assembly:
     @property
     def donors(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(block.donor for block in self.blocks))
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those of the blocks, each once."""
+        return tuple(dict.fromkeys(block.precision for block in self.blocks))
 
     @property
     def intact(self) -> bool:
@@ -258,23 +272,35 @@ class Consensus:
 
 @dataclass(frozen=True)
 class Emitted:
-    """The text of model.py, its weights by state dict name, and the exported ONNX model's bytes (uint8)."""
+    """The text of model.py, its weights by state dict name, and the exported ONNX model's bytes (uint8).
+
+    `precisions` are those of the blocks in ONNX; model.py is float32.
+    """
 
     source: str
     weights: dict[str, Array]
     onnx: Array
     parity: float
     """Largest difference between the emitted module and the assembly in memory, on probe images."""
+    precisions: tuple[str, ...] = ("fp32",)
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest absolute difference of outputs on probe images between the forms of one network, and what is allowed."""
+    """How much the outputs of the forms of one network differ on probe images, and what is allowed.
 
-    module_onnx: float
-    onnx_engine: float
+    The largest absolute difference where all is float32; else the norm of the difference over that of the outputs
+    (`relative`), and the least `agreement` of two forms: the share of images that they answer alike, with what is asked
+    at the least. None: ONNX has no answers to compare with.
+    """
+
+    module_onnx: float | None
+    onnx_engine: float | None
     module_engine: float
     tolerance: float
+    relative: bool = False
+    agreement: float = 1.0
+    least_agreement: float = 0.0
 
 
 @dataclass(frozen=True)

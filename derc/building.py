@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -38,8 +39,9 @@ FULL = 0.5
 class Builder:
     """Builds in up to `workers` children with engines like `engine`, which is not used itself but to load.
 
-    A build may take `limit_s` seconds and `memory_gb` (10⁹ bytes; None: any amount). The children live until `close`;
-    one that a build has ended is replaced. A DercError that is raised in a child arrives here as it is.
+    A build may take `limit_s` seconds and `memory_gb` (10⁹ bytes; None: any amount). The children live until `close`,
+    or as long as the builder; one that a build has ended is replaced. A DercError that is raised in a child arrives
+    here as it is.
     """
 
     def __init__(self, engine: Engine, limit_s: float = 120, memory_gb: float | None = None, workers: int = 1) -> None:
@@ -52,6 +54,7 @@ class Builder:
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         for worker in self._all:
             self._idle.put(worker)
+        self._end = weakref.finalize(self, _close, self._all)
 
     def build(self, model: bytes, path: Path, name: str = "") -> None:
         """Write the engine of ONNX `model` to `path` in one step; `name` is what errors call it.
@@ -103,8 +106,7 @@ class Builder:
 
     def close(self) -> None:
         """End the children and remove all temporary files; sessions stay as they are."""
-        for worker in self._all:
-            worker.close()
+        self._end()
         self._folder.cleanup()
 
     def __enter__(self) -> Self:
@@ -114,6 +116,11 @@ class Builder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _close(workers: list[Worker]) -> None:
+    for worker in workers:
+        worker.close()
 
 
 @dataclass

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import nn
 
 from derc.artifacts import Array
 from derc.data import Data, Split, label_map
+from derc.engine import Session
 from derc.lowered import Lowered
 
 
@@ -20,6 +22,22 @@ def logits(network: nn.Module, split: Split, batch: int = 64) -> torch.Tensor:
     result = torch.cat([network(images) for images, _ in split.batches(batch)])
     network.train(training)
     return result
+
+
+def run_logits(session: Session, split: Split, batch: int) -> torch.Tensor:
+    """(n, classes) outputs of an engine that was built for batches of `batch`."""
+    found = [run_all(session, images.numpy(), batch) for images, _ in split.batches(batch)]
+    return torch.from_numpy(np.concatenate(found))
+
+
+def run_all(session: Session, images: Array, batch: int) -> Array:
+    """Outputs for any number of images, the last batch filled up with repeats."""
+    rows = []
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        filled = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
+        rows.append(session.run(filled)[: len(part)])
+    return np.concatenate(rows)
 
 
 def answers(outputs: torch.Tensor, columns: tuple[int, ...] | None) -> Array:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
 from derc.artifacts import Assembly, BlockRef, CutDonor, Emitted, LoweredZoo, Shipped
 from derc.assembled import assemble, seeded
 from derc.config import CompileSettings
 from derc.data import Split
+from derc.deployed import differs
 from derc.ir import Graph, Op, Value
-from derc.judge import columns_of, correct, logits
+from derc.judge import columns_of, correct, logits, run_logits
 from derc.parts import entry, parts
 from derc.pipeline import Context, Timings
 from derc.search import Judged, Search
 from derc.stitching import StitchCost
 from derc.version import VERSION
+
+Network = Callable[[Split], torch.Tensor]
+"""Gives (n, classes) outputs for the images of a split."""
 
 
 @dataclass(frozen=True)
@@ -55,32 +63,55 @@ def plan_graph(assembly: Assembly, donors: Mapping[str, CutDonor]) -> Graph:
 
 
 def accuracies(outcome: Outcome) -> dict[str, Any]:
-    """Validation and held-out accuracies of network, random-stitch baseline and donors; None without labels."""
+    """Validation and held-out accuracies of network, random-stitch baseline and donors; None without labels.
+
+    `of` says what answered for the network: the module, or the engine where its precisions differ from float32.
+    """
     context, chosen = outcome.context, outcome.chosen
-    data, assembly = context.data, chosen.assembly
-    network = assemble(assembly, context.lowered, chosen.stitched.states)
+    assembly, last = chosen.assembly, chosen.assembly.blocks[-1].donor
     with seeded(context.seed):
         baseline = assemble(assembly, context.lowered)
-    last = assembly.blocks[-1].donor
-    donors = {name: _both(context.lowered[name].program, name, context) for name in outcome.search.select.heads}
+    heads = outcome.search.select.heads
+    donors = {name: _both(partial(logits, context.lowered[name].program), name, context) for name in heads}
+    with _answering(outcome) as network:
+        own = _both(network, last, context)
     return {
-        "validation": _accuracy(network, last, context, data.validation),
-        "heldout": _accuracy(network, last, context, data.heldout),
-        "random_stitch_heldout": None if assembly.intact else _accuracy(baseline, last, context, data.heldout),
+        **own,
+        "of": "engine" if differs(context, assembly) else "module",
+        "random_stitch_heldout": None
+        if assembly.plain.intact
+        else _accuracy(partial(logits, baseline), last, context, context.data.heldout),
         "donors": donors,
         "best_intact_within_budget": _best_intact(outcome, donors),
     }
 
 
-def _both(network: nn.Module, name: str, context: Context) -> dict[str, float | None]:
+@contextmanager
+def _answering(outcome: Outcome) -> Iterator[Network]:
+    """The network as it is shipped: its module, or its engine where that computes something else."""
+    context, stitched = outcome.context, outcome.chosen.stitched
+    if not differs(context, stitched.assembly):
+        yield partial(logits, assemble(stitched.assembly, context.lowered, stitched.states))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"engine{context.engine.suffix}")
+        path.write_bytes(outcome.shipped.engine.tobytes())
+        session = context.engine.load(path)
+        try:
+            yield lambda split: run_logits(session, split, context.target.batch)
+        finally:
+            session.close()
+
+
+def _both(network: Network, name: str, context: Context) -> dict[str, float | None]:
     data = context.data
     return {split: _accuracy(network, name, context, getattr(data, split)) for split in ("validation", "heldout")}
 
 
-def _accuracy(network: nn.Module, donor: str, context: Context, split: Split) -> float | None:
+def _accuracy(network: Network, donor: str, context: Context, split: Split) -> float | None:
     if split.labels is None:
         return None
-    right = correct(logits(network, split), split, columns_of(context.zoo[donor].labels, context.data))
+    right = correct(network(split), split, columns_of(context.zoo[donor].labels, context.data))
     return None if right is None else float(right.mean())
 
 

@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from derc.artifacts import digest
+from derc.building import Builder
 from derc.console import Console
 from derc.engine import Engine
 from derc.milp import Solver
@@ -47,7 +48,8 @@ NOT_IN_KEYS += ("assembling", "planning", "recipe", "recipe_bundle")
 class Context:
     """What a pass gets besides its input artifacts: the live things, handed in and never global.
 
-    `lowered` gives the live, traced donors by name; it is filled lazily by the top level.
+    `lowered` gives the live, traced donors by name; it is filled lazily by the top level. `precisions` are those that
+    a block may have: float32 first, which means the engine's own, then those that it is rewritten to.
     """
 
     zoo: Zoo
@@ -59,6 +61,12 @@ class Context:
     lowered: Mapping[str, Lowered]
     console: Console = field(default_factory=Console)
     seed: int = 0
+    precisions: tuple[str, ...] = ("fp32",)
+
+    @cached_property
+    def builder(self) -> Builder:
+        """Builds with `engine` in a child process, started at the first build."""
+        return Builder(self.engine)
 
 
 class Pass(Protocol[Out]):

@@ -26,7 +26,7 @@ TEMPLATE = '''"""{title}
 
 Written by derc {version}. Needs {libraries}; the weights lie beside this file.
 Input: float32 images (N, {channels}, {height}, {width}) in [0, 1]; normalisation is part of the network.
-"""
+{precisions}"""
 
 from pathlib import Path
 
@@ -94,9 +94,10 @@ def print_network(
 ) -> Printed:
     """The module text of an assembly; `states` are those of what derc adds, in order.
 
-    Blocks that no stitch parts become one.
+    Blocks that no stitch parts become one. It is float32 whatever the precisions of the blocks in the engine.
     """
-    assembly, plan = merged(assembly), str(assembly)
+    precisions, plan = _precisions(assembly), str(assembly)
+    assembly = merged(assembly.plain)
     remaining = list(states)
     lines: list[str] = []
     steps: list[str] = []
@@ -123,6 +124,7 @@ def print_network(
         title=f"A network assembled from {', '.join(assembly.donors)}.",
         version=VERSION,
         libraries=_libraries(used),
+        precisions=precisions,
         channels=channels,
         height=height,
         width=width,
@@ -136,6 +138,16 @@ def print_network(
         steps="\n".join(steps),
     )
     return Printed(source, weights)
+
+
+def _precisions(assembly: Assembly) -> str:
+    """Which blocks run in another precision where the network is deployed, as lines of the module's docstring."""
+    lower: dict[str, list[str]] = {}
+    for block in assembly.blocks:
+        if block.plain is not block:
+            lower.setdefault(block.precision, []).append(str(block.plain))
+    lines = [f"In model.onnx and in the engine {precision} computes {', '.join(b)}." for precision, b in lower.items()]
+    return "".join(f"{line}\n" for line in lines and [*lines, "Here everything is float32."])
 
 
 def merged(assembly: Assembly) -> Assembly:

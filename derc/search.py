@@ -19,7 +19,7 @@ from derc.artifacts import (
     Selection,
     StitchedAssembly,
 )
-from derc.errors import InfeasibleError
+from derc.errors import BuildError, InfeasibleError, PrecisionError
 from derc.passes.score import Consult, Score
 from derc.passes.select import Select
 from derc.passes.stitch import FitStitches
@@ -53,6 +53,8 @@ class Search:
     evaluations: int
     timings: Timings
     judged: dict[Assembly, Judged] = field(default_factory=dict)
+    failed: dict[Assembly, str] = field(default_factory=dict)
+    """Assemblies that the engine could not build, or not compute in their precisions, and why."""
     selection: Selection | None = None
 
     def run(self) -> None:
@@ -67,12 +69,14 @@ class Search:
 
     @property
     def spent(self) -> int:
-        """Stitched assemblies evaluated so far."""
-        return sum(not assembly.intact for assembly in self.judged)
+        """Assemblies other than intact donors evaluated so far."""
+        return len(self.failed) + sum(not assembly.intact for assembly in self.judged)
 
     @property
     def knowledge(self) -> Knowledge:
-        return Knowledge(tuple(Evaluated(a, j.scores.value, j.measured) for a, j in self.judged.items()))
+        """What was evaluated; what failed is as good as nothing."""
+        seen = (Evaluated(a, j.scores.value, j.measured) for a, j in self.judged.items())
+        return Knowledge((*seen, *(Evaluated(assembly, 0.0) for assembly in self.failed)))
 
     def explore(self, most: int) -> int:
         """One round: solve, then stitch and score the new candidates, `most` at the most; returns how many were new."""
@@ -93,30 +97,42 @@ class Search:
                 raise
             return 0
         self.selection = self.selection or selection
-        fresh = [c for c in selection.candidates if c.assembly not in self.judged][:most]
+        fresh = [c for c in selection.candidates if c.assembly not in {**self.judged, **self.failed}][:most]
         self._evaluate(fresh)
         return len(fresh)
 
     def _evaluate_intact(self) -> None:
-        blocks = self.partition.blocks
-        intact = [Candidate(Assembly(blocks[name]), 0.0, {}) for name in self.select.heads]
-        self._evaluate(intact)
-        for candidate in intact:
-            name = candidate.assembly.blocks[0].donor
-            one = self.judged[candidate.assembly]
-            self.judged[candidate.assembly] = replace(one, measured=self.table.donors[name])
+        intact = {name: Assembly(self.partition.blocks[name]) for name in self.select.heads}
+        for name, assembly in list(intact.items()):
+            lacking = [str(block) for block in assembly.blocks if str(block) not in self.table.blocks]
+            if lacking or name not in self.table.donors:
+                self.context.console.say(
+                    f"donor {name} is no candidate as a whole: {', '.join(lacking) or name} could not be built"
+                )
+                del intact[name]
+        self._evaluate([Candidate(assembly, 0.0, {}) for assembly in intact.values()])
+        for name, assembly in intact.items():
+            if assembly in self.judged:
+                self.record(assembly, self.table.donors[name])
 
     def _evaluate(self, candidates: list[Candidate]) -> None:
         if not candidates:
             return
         reference = execute(Consult(), self.context, timings=self.timings)
         for candidate in self.context.console.track(candidates, "stitch", len(candidates)):
-            one = execute(FitStitches(), self.context, candidate.assembly, timings=self.timings)
-            scores = execute(Score(), self.context, one, reference, timings=self.timings)
+            assembly = candidate.assembly
+            plain = execute(FitStitches(), self.context, assembly.plain, timings=self.timings)
+            one = replace(plain, assembly=assembly)
+            try:
+                scores = execute(Score(), self.context, one, reference, timings=self.timings)
+            except (BuildError, PrecisionError) as error:
+                self.context.console.say(f"{assembly} is left out: {error}")
+                self.failed[assembly] = str(error)
+                continue
             predicted = self.select.predict(
-                candidate.assembly, self.cuts, self.embedded, self.partition, self.table, self.knowledge
+                assembly, self.cuts, self.embedded, self.partition, self.table, self.knowledge
             )
-            self.judged[candidate.assembly] = Judged(one, scores, predicted)
+            self.judged[assembly] = Judged(one, scores, predicted)
 
     def record(self, assembly: Assembly, latency: Latency) -> None:
         """Keep a whole-network measurement, which the next solve takes into account."""

@@ -20,7 +20,7 @@ from derc.ir import KINDS, Graph, Layout, Op, TensorType, Tie, Value
 
 STRING = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"'
 NAME = rf"(?:[\w.\-/]+|{STRING})"
-TARGET = rf"(?:[\w.\-/:<>+\[\]]+|{STRING})"
+TARGET = rf"(?:[\w.\-/:<>+\[\]@]+|{STRING})"
 TYPE = r"[\w.]+\[[\dx]*\] \w+(?:\([^)]*\))?"
 
 NOTE = re.compile(rf"// ({NAME}): ({STRING}|[^\"].*)")

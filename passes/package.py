@@ -13,21 +13,44 @@ from torch import nn
 
 from derc.artifacts import Array, Emitted, Latency, Parity, Shipped, digest
 from derc.emitted import realise
-from derc.engine import Session
-from derc.errors import ParityError
+from derc.engine import PRECISIONS, Session
+from derc.errors import ParityError, PrecisionError
+from derc.judge import run_all
 from derc.measure import MeasureOptions, measure
 from derc.pipeline import Context
 from derc.printing import Printed
+from derc.registry import open_engine
 
 TOLERANCE = 1e-4
 """Allowed difference in float32, as a share of the largest output (at least 1)."""
 
 
 @dataclass(frozen=True)
+class Allowed:
+    """What a number format may change: the norm of the difference over that of the outputs, and how many answers."""
+
+    difference: float
+    agreement: float
+
+
+ALLOWED = {"fp16": Allowed(0.02, 0.95), "bf16": Allowed(0.1, 0.9), "int8": Allowed(0.5, 0.75)}
+"""By format. A value is rounded to 11 bits in fp16 and 8 in bf16 (by up to 0.0005 and 0.004 of itself, which grows with
+the depth), in int8 to steps of 1/255 of the widest range, which is coarse for most values. What that costs in accuracy
+is known from the score, which the engine itself was given; here a wrong kernel or a wrong range has to show."""
+UNREFERENCED = ("bf16",)
+"""Formats that ONNX Runtime does not compute on a processor: module and engine are compared alone."""
+PAIRS = ("module_onnx", "onnx_engine", "module_engine")
+
+
+@dataclass(frozen=True)
 class Package:
-    """Verifies on `images` probe images; measures for at most `limit_s` seconds, beside the ONNX model `anchor`."""
+    """Verifies on `images` probe images, on `more_images` where a block is in a lower precision.
+
+    Measures for at most `limit_s` seconds, beside the ONNX model `anchor`.
+    """
 
     images: int = 16
+    more_images: int = 64
     limit_s: float = 20.0
     name: ClassVar[str] = "package"
     produces: ClassVar[type] = Shipped
@@ -38,25 +61,21 @@ class Package:
     def run(self, context: Context, emitted: Emitted, anchor: bytes) -> Shipped:
         model = emitted.onnx.tobytes()
         with tempfile.TemporaryDirectory() as folder:
-            plain, built = Path(folder, "model.onnx"), Path(folder, f"engine{context.engine.suffix}")
-            plain.write_bytes(model)
-            context.engine.build(model, built)
+            built = Path(folder, f"engine{context.engine.suffix}")
+            context.builder.build(model, built, "the network")
             session = context.engine.load(built)
-            reference = context.engine.load(plain)
             try:
-                parity = self._parity(context, emitted, reference, session)
-                reference.close()
+                parity = self._parity(context, emitted, session)
                 latency, beside, noise = self._measure(context, session, anchor)
                 placement = session.placement()
             finally:
                 session.close()
-                reference.close()
             engine = np.frombuffer(built.read_bytes(), dtype=np.uint8)
         return Shipped(engine, parity, latency, beside, noise, placement)
 
     def _measure(self, context: Context, session: Session, anchor: bytes) -> tuple[Latency, Latency, float]:
         """Latencies of the network and of the anchor in the same rounds, and the A/A noise."""
-        beside = context.engine.open(anchor)
+        beside = context.builder.session(anchor, "the anchor")
         try:
             calls = {"network": session.time, "anchor": beside.time}
             options = MeasureOptions(limit_s=self.limit_s)
@@ -65,22 +84,80 @@ class Package:
             beside.close()
         return measured.timings["network"].latency(), measured.timings["anchor"].latency(), measured.noise
 
-    def _parity(self, context: Context, emitted: Emitted, plain: Session, built: Session) -> Parity:
-        """Raises ParityError beyond the tolerance."""
-        images = next(iter(context.data.probe.batches(self.images)))[0]
+    def _parity(self, context: Context, emitted: Emitted, built: Session) -> Parity:
+        """Raises ParityError beyond the tolerance, PrecisionError where a lower precision gives NaN or infinity."""
+        precision = coarsest((context.engine.precisions[0], *emitted.precisions))
+        count = self.images if precision == "fp32" else self.more_images
+        images = next(iter(context.data.probe.batches(count)))[0]
         network = realise(Printed(emitted.source, {n: torch.from_numpy(w.copy()) for n, w in emitted.weights.items()}))
-        want = outputs(network, images)
-        runs = [batched(session, images.numpy(), context.target.batch) for session in (plain, built)]
-        tolerance = TOLERANCE * max(1.0, float(np.abs(want).max()))
-        parity = Parity(largest(want, runs[0]), largest(runs[0], runs[1]), largest(want, runs[1]), tolerance)
-        for name in ("module_onnx", "onnx_engine", "module_engine"):
-            difference = getattr(parity, name)
-            if not difference <= tolerance:
-                raise ParityError(
-                    f"{name.replace('_', ' and ')} differ by {difference:.3g} on probe images, over {tolerance:.3g}: "
-                    "leave out the donor whose operators the runtime computes otherwise, or update the runtime"
-                )
+        plain = None if set(emitted.precisions) & set(UNREFERENCED) else plain_run(context, emitted, images.numpy())
+        parity = compare(
+            outputs(network, images), plain, run_all(built, images.numpy(), context.target.batch), precision
+        )
+        check(parity)
         return parity
+
+
+def plain_run(context: Context, emitted: Emitted, images: Array) -> Array:
+    """What ONNX says of the model: the answers of ONNX Runtime on the processor without any optimisation.
+
+    Raises MissingDependencyError where ONNX Runtime is absent.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        path.write_bytes(emitted.onnx.tobytes())
+        session = open_engine("onnxruntime").load(path)
+        try:
+            return run_all(session, images, context.target.batch)
+        finally:
+            session.close()
+
+
+def coarsest(precisions: tuple[str, ...]) -> str:
+    """The last of `precisions` in the order of `PRECISIONS`."""
+    return max(precisions, key=PRECISIONS.index)
+
+
+def compare(module: Array, plain: Array | None, built: Array, precision: str) -> Parity:
+    """The outputs (n, classes) of module, ONNX and engine held against each other, with what `precision` allows.
+
+    Raises PrecisionError where a lower precision gives NaN or infinity.
+    """
+    measured = largest if precision == "fp32" else relative
+    module_onnx, onnx_engine = (None, None) if plain is None else (measured(plain, module), measured(built, plain))
+    module_engine = measured(built, module)
+    if precision == "fp32":
+        return Parity(module_onnx, onnx_engine, module_engine, TOLERANCE * max(1.0, float(np.abs(module).max())))
+    forms = [form for form in (module, plain, built) if form is not None]
+    if np.isfinite(module).all() and not all(np.isfinite(form).all() for form in forms):
+        raise PrecisionError(f"the network gives NaN or infinity in {precision}: leave that precision out")
+    answers = [form.argmax(1) for form in forms]
+    return Parity(
+        module_onnx,
+        onnx_engine,
+        module_engine,
+        tolerance=ALLOWED[precision].difference,
+        relative=True,
+        agreement=min(float((a == b).mean()) for a in answers for b in answers),
+        least_agreement=ALLOWED[precision].agreement,
+    )
+
+
+def check(parity: Parity) -> None:
+    """Raise ParityError where a difference is beyond the tolerance."""
+    for name in PAIRS:
+        difference = getattr(parity, name)
+        if difference is not None and not difference <= parity.tolerance:
+            raise ParityError(
+                f"{name.replace('_', ' and ')} differ by {difference:.3g} on probe images, "
+                f"over {parity.tolerance:.3g}: leave out the donor whose operators the runtime computes otherwise, "
+                "or update the runtime"
+            )
+    if parity.agreement < parity.least_agreement:
+        raise ParityError(
+            f"two forms of the network answer {parity.agreement:.0%} of the probe images alike, under "
+            f"{parity.least_agreement:.0%}: leave the lower precision out, or update the runtime"
+        )
 
 
 @torch.no_grad()
@@ -89,16 +166,12 @@ def outputs(network: nn.Module, images: torch.Tensor) -> Array:
     return found
 
 
-def batched(session: Session, images: Array, batch: int) -> Array:
-    """Outputs for any number of images, the last batch filled up with repeats."""
-    rows = []
-    for start in range(0, len(images), batch):
-        part = images[start : start + batch]
-        filled = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-        rows.append(session.run(filled)[: len(part)])
-    return np.concatenate(rows)
-
-
 def largest(a: Array, b: Array) -> float:
     """Largest absolute difference; NaN where either holds one."""
     return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
+
+
+def relative(a: Array, b: Array) -> float:
+    """Norm of a − b over the norm of b; NaN where either holds one."""
+    b = b.astype(np.float64)
+    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12))

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from derc import deployed
 from derc.artifacts import Consensus, Scores, StitchedAssembly, digest
 from derc.assembled import assemble
 from derc.data import Split
-from derc.judge import answers, columns_of, consensus, correct, logits
+from derc.errors import PrecisionError
+from derc.judge import answers, columns_of, consensus, correct, logits, run_logits
 from derc.pipeline import Context
 
 ACTIVATIONS = {
@@ -50,7 +52,11 @@ class Consult:
 
 @dataclass(frozen=True)
 class Score:
-    """Scores a stitched assembly on the validation images: against labels, else against the consensus."""
+    """Scores a stitched assembly on the validation images: against labels, else against the consensus.
+
+    What the engine computes in float32 is scored as the module in memory, anything else by the engine itself, as it
+    will be shipped. Raises what building such an engine raises.
+    """
 
     naswot_images: int = 96
     naswot_batch: int = 32
@@ -58,18 +64,35 @@ class Score:
     produces: ClassVar[type] = Scores
 
     def inputs(self, context: Context) -> str:
-        return digest([donor.digest() for donor in context.zoo.donors], context.data.digest())
+        donors = [donor.digest() for donor in context.zoo.donors]
+        return digest(donors, context.data.digest(), deployed.engine_key(context))
 
     def run(self, context: Context, stitched: StitchedAssembly, reference: Consensus) -> Scores:
         network = assemble(stitched.assembly, context.lowered, stitched.states)
         split = context.data.validation
-        outputs = logits(network, split)
+        if deployed.differs(context, stitched.assembly):
+            outputs = self._deployed(context, stitched)
+        else:
+            outputs = logits(network, split)
         columns = columns_of(context.zoo[stitched.assembly.blocks[-1].donor].labels, context.data)
         right = correct(outputs, split, columns)
         labelled = right is not None
         if right is None:
             right = answers(outputs, None) == reference.answers
         return Scores(naswot(network, context.data.probe, self.naswot_images, self.naswot_batch), labelled, right)
+
+    def _deployed(self, context: Context, stitched: StitchedAssembly) -> torch.Tensor:
+        """Outputs of the engine on the validation images. Raises PrecisionError where they are not finite."""
+        session = context.builder.session(deployed.model_of(context, stitched), str(stitched.assembly))
+        try:
+            outputs = run_logits(session, context.data.validation, context.target.batch)
+        finally:
+            session.close()
+        if not torch.isfinite(outputs).all():
+            raise PrecisionError(
+                f"{stitched.assembly} gives NaN or infinity on validation images: use a wider precision"
+            )
+        return outputs
 
 
 class Codes(TorchDispatchMode):
