@@ -20,6 +20,7 @@ from derc.console import Console
 from derc.data import Data, Split
 from derc.errors import UsageError
 from derc.lowered import Lowered
+from derc.measure import LEAST_LIMIT_S
 from derc.milp import choose
 from derc.modules import Stitch
 from derc.parts import Part, parts
@@ -86,7 +87,7 @@ def assemble_bundle(path: Path, settings: CompileSettings, console: Console) -> 
     anchor = min(made.lowered, key=lambda name: made.lowered[name].graph.macs)
     with console.status("package"):
         beside = _intact(made.lowered[anchor], context.target.batch)
-        shipped = Package(limit_s=settings.profile_s / 2).run(context, emitted, beside)
+        shipped = Package(limit_s=(settings.profile_s or LEAST_LIMIT_S) / 2).run(context, emitted, beside)
     names = [name for name in SOURCES + DEVICE if name not in settings.defaulted]
     command = command_line(settings, "assemble", str(path.absolute()), names=names)
     built = Built(path, recipe, settings, command, context, stitched, fitted, emitted, shipped, anchor)

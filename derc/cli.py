@@ -42,7 +42,10 @@ DEVICE: tuple[Function, ...] = (
     click.option("--target", help="Device to compile for.  [default: cpu]"),
     click.option("--threads", type=int, help="Threads of the engine; 0: physical cores."),
     click.option("--batch", type=int, help="Static batch size.  [default: 1]"),
-    click.option("--profile-s", type=float, help="Seconds that measuring the blocks may take.  [default: 40]"),
+    click.option("--profile-s", type=float, help="Seconds that measuring may take.  [default: as needed]"),
+)
+PRECISION: tuple[Function, ...] = (
+    click.option("--precision", help="What a block may be computed in: fp32,fp16,bf16,int8.  [default: fp32]"),
 )
 BUDGETS: tuple[Function, ...] = (
     click.option("--latency-ms", type=float, help="Latency budget in milliseconds."),
@@ -72,7 +75,7 @@ def cli() -> None:
 
 
 @cli.command("compile")
-@options(SOURCES, DEVICE, BUDGETS, PARTITION)
+@options(SOURCES, DEVICE, PRECISION, BUDGETS, PARTITION)
 @click.option("--solver", type=click.Choice(["auto", "highs", "gurobi"]), help="Solver of the integer program.")
 @click.option("--top", type=int, help="Solutions asked of the solver per round.")
 @click.option("--evaluations", type=int, help="Assemblies stitched and scored at most.")
@@ -180,7 +183,7 @@ def partition(as_json: bool, **flags: Any) -> None:
 
 
 @cli.command()
-@options(SOURCES, DEVICE, PARTITION)
+@options(SOURCES, DEVICE, PRECISION, PARTITION)
 @click.option("-o", "--output", "table", type=click.Path(path_type=Path), help="Write the latency table as JSON.")
 @JSON
 def profile(as_json: bool, table: Path | None, **flags: Any) -> None:

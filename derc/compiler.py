@@ -13,6 +13,7 @@ from derc.config import CompileSettings
 from derc.console import Console
 from derc.errors import InfeasibleError, OverBudgetError, UnstableError, UsageError
 from derc.learnt import margin_from
+from derc.measure import LEAST_LIMIT_S
 from derc.outcome import Outcome
 from derc.passes.cut import CutDonors
 from derc.passes.embed import Embed
@@ -94,7 +95,7 @@ def compile_bundle(settings: CompileSettings, console: Console, command: str) ->
         context, select, analysis.cuts, analysis.embedded, analysis.partition, table, settings.evaluations, timings
     )
     search.run()
-    chosen, emitted, shipped, met = ship(search, settings.profile_s, timings)
+    chosen, emitted, shipped, met = ship(search, settings.profile_s or LEAST_LIMIT_S, timings)
     console.check()
     outcome = Outcome(
         settings, command, context, search, analysis.lowered, chosen, emitted, shipped, met, timings, NEGLIGIBLE

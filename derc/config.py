@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from derc.engine import PRECISIONS
 from derc.errors import UsageError, suggest
 from derc.zoo import PRESETS
 
@@ -42,10 +43,11 @@ class CompileSettings(BaseModel):
     probe: int = Field(512, ge=8)
     top: int = Field(8, ge=1)
     evaluations: int = Field(24, ge=1)
-    profile_s: float = Field(40.0, gt=0, allow_inf_nan=False)
+    profile_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     seed: int = Field(0, ge=0)
     threads: int = Field(0, ge=0)
     batch: int = Field(1, ge=1)
+    precision: str = "fp32"
     defaulted: frozenset[str] = frozenset()
 
     @field_validator("input_size", mode="before")
@@ -63,6 +65,17 @@ class CompileSettings(BaseModel):
             raise ValueError("must be positive integers: 224, HEIGHTxWIDTH or CHANNELSxHEIGHTxWIDTH")
         return "x".join(map(str, sizes * 2 if len(sizes) == 1 else sizes))
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _known_precisions(cls, value: object) -> str:
+        """A comma list, or a list, of precisions; float32 comes first, whether named or not."""
+        parts = value if isinstance(value, (list, tuple)) else str(value).lower().split(",")
+        names = [str(part).strip() for part in parts]
+        for name in names:
+            if name not in PRECISIONS:
+                raise ValueError(f"{name!r} is none of {', '.join(PRECISIONS)}{suggest(name, PRECISIONS)}")
+        return ",".join(name for name in PRECISIONS if name == "fp32" or name in names)
+
     @field_validator(*BUDGETS)
     @classmethod
     def _positive_budget(cls, value: float | None) -> float | None:
@@ -74,6 +87,11 @@ class CompileSettings(BaseModel):
     def size(self) -> tuple[int, ...] | None:
         """The input size asked for, (H, W) or (C, H, W)."""
         return None if self.input_size is None else tuple(map(int, self.input_size.split("x")))
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What a block may be computed in, float32 first."""
+        return tuple(self.precision.split(","))
 
     @property
     def embedded_zoo(self) -> bool:
@@ -200,4 +218,6 @@ TEMPLATE = """\
 # Threads of the engine (0: the physical cores) and its batch size.
 # threads = 0
 # batch = 1
+# What each block may be computed in: fp32, and with fp16, bf16 or int8 besides whatever is best for it.
+# precision = "fp32,int8"
 """

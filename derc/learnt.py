@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from derc.artifacts import Array, Assembly, CutId, CutZoo, EmbeddedZoo, Knowledge, Latency, LatencyTable
+from derc.artifacts import Array, Assembly, CutId, CutZoo, EmbeddedZoo, Knowledge, LatencyTable
 from derc.errors import DercError
 from derc.layered import Layered
+from derc.prediction import predict, wholes
 
 STITCH_LOSS = 0.01
 """Prior loss of a stitch between identical values."""
@@ -29,10 +30,6 @@ UNKNOWN_DISTORTION = 0.05
 """Taken for a block whose lower precision was never compared with float32."""
 LOSS_SPREADS = (0.1, 0.05, 0.1, 0.01)
 """Prior standard deviations of the stitched, block and edge corrections of the loss, and the noise of a score."""
-LATENCY_SPREADS = (0.1, 0.1, 0.1, 0.005)
-"""The same for latencies, as shares of the network's."""
-LEAST_SHARE = 0.1
-"""An edge's latency never falls below this share of its parts' own, whatever the corrections say."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +74,14 @@ def learn(
     """Priors refitted to `knowledge`, where it is of this graph's assemblies; later entries replace earlier ones."""
     seen = [one for one in knowledge.evaluated if graph.path(one.assembly) is not None]
     losses = _intact_losses(graph, embedded) | {one.assembly: 1 - one.score for one in seen if one.score is not None}
-    intact = intact_latencies(graph, table) if table else {}
-    measured = intact | {one.assembly: (one.latency.ms, one.latency.high_ms) for one in seen if one.latency}
+    known = (wholes(table, graph) if table else {}) | {one.assembly: one.latency for one in seen if one.latency}
+    measured = {assembly: (latency.ms, latency.high_ms) for assembly, latency in known.items()}
+    whole = {assembly: latency.ms for assembly, latency in known.items()}
     loss = prior_loss(graph, cuts, embedded, table.distortion if table else {})
     return Learnt(
         graph=graph,
         loss=loss + corrections(graph, losses, loss, LOSS_SPREADS),
-        latency_ms=latencies(graph, table, {a: ms for a, (ms, _) in measured.items()}) if table else None,
+        latency_ms=predict(graph, cuts, table, whole).latency_ms if table else None,
         losses=losses,
         measured=measured,
     )
@@ -136,58 +134,6 @@ def _donor_errors(cuts: CutZoo, embedded: EmbeddedZoo) -> dict[str, float]:
     return {name: SIZE_LOSS * (largest - value) / spread for name, value in size.items()}
 
 
-def intact_latencies(graph: Layered, table: LatencyTable) -> dict[Assembly, tuple[float, float]]:
-    """Median and upper end of the latencies of the donors that were measured whole."""
-    known = {Assembly(chain): table.donors.get(name) for name, chain in graph.chains.items()}
-    return {assembly: (latency.ms, latency.high_ms) for assembly, latency in known.items() if latency is not None}
-
-
-def latencies(graph: Layered, table: LatencyTable, measured: Mapping[Assembly, float]) -> Array:
-    """Latency of each edge in ms: the target block's and the stitch's own, corrected for being joined.
-
-    The joints of an intact donor share evenly what separates it from the sum of its blocks; stitched joints begin with
-    the mean of those, and learn from the stitched assemblies in `measured`.
-    """
-    parts = _parts(graph, table)
-    joints = _joints(graph, table, measured)
-    mean = sum(joints.values()) / len(joints) if joints else 0.0
-    inner = [edge.source is not None and edge.target is not None for edge in graph.edges]
-    joint = [joints.get(edge.target.donor, mean) if edge.target and not edge.stitch else mean for edge in graph.edges]
-    latency: Array = parts + np.where(inner, joint, 0.0)
-    stitched = {assembly: ms for assembly, ms in measured.items() if not assembly.intact}
-    if stitched:
-        scale = sum(stitched.values()) / len(stitched)
-        latency = latency + corrections(graph, stitched, latency, tuple(scale * part for part in LATENCY_SPREADS))
-    return np.maximum(latency, LEAST_SHARE * parts)
-
-
-def _parts(graph: Layered, table: LatencyTable) -> Array:
-    parts = np.zeros(len(graph.edges))
-    for place, edge in enumerate(graph.edges):
-        if edge.target is not None:
-            parts[place] = _timed(table.blocks, str(edge.target), "block")
-        if edge.stitch is not None:
-            parts[place] += _timed(table.stitches, edge.stitch, "stitch")
-    return parts
-
-
-def _timed(known: Mapping[str, Latency], name: str, kind: str) -> float:
-    if name not in known:
-        raise DercError(f"the latency table has no {kind} {name}: profile the zoo again with this partition")
-    return known[name].ms
-
-
-def _joints(graph: Layered, table: LatencyTable, measured: Mapping[Assembly, float]) -> dict[str, float]:
-    """Each measured intact donor's correction per joint."""
-    joints = {}
-    for name, chain in graph.chains.items():
-        whole = measured.get(Assembly(chain))
-        if whole is not None and len(chain) > 1:
-            apart = sum(_timed(table.blocks, str(block), "block") for block in chain)
-            joints[name] = (whole - apart) / (len(chain) - 1)
-    return joints
-
-
 def corrections(graph: Layered, known: Mapping[Assembly, float], predicted: Array, spreads: tuple[float, ...]) -> Array:
     """What to add to each edge's prediction so that sums over the `known` assemblies come near their values.
 
@@ -231,43 +177,12 @@ def _count(keys: Sequence[Hashable], taken: Array) -> Array:
     return found
 
 
-def margin_from(
-    table: LatencyTable, knowledge: Knowledge | None = None, graph: Layered | None = None, *, quantile: float = 0.9
-) -> float:
-    """Upper quantile of the known shares by which latencies exceed their predictions, at least the A/A noise.
+def margin_from(table: LatencyTable, quantile: float = 0.9) -> float:
+    """Upper quantile of the shares by which latencies exceed their predictions, at least the A/A noise.
 
-    Each known latency is predicted from the others: the intact donors', and those in `knowledge` where its `graph` is
-    given too. In [0, 1), for the latency row (1 − margin) · budget.
+    The errors are those of the table's networks, each predicted from the others. In [0, 1), for the latency row
+    (1 − margin) · budget.
     """
-    errors = _intact_errors(table)
-    if knowledge is not None and graph is not None:
-        errors += _measured_errors(graph, table, knowledge)
-    worst = float(np.quantile(errors, quantile, method="higher")) if errors else 0.0
+    excess = [-error for error in table.errors.values()]
+    worst = float(np.quantile(excess, quantile, method="higher")) if excess else 0.0
     return max(worst, table.noise, 0.0)
-
-
-def _intact_errors(table: LatencyTable) -> list[float]:
-    apart: dict[str, list[float]] = {name: [] for name in table.donors}
-    for block, latency in table.blocks.items():
-        apart.setdefault(block.rpartition("[")[0], []).append(latency.ms)
-    known = {n: (table.donors[n].ms, sum(parts), len(parts) - 1) for n, parts in apart.items() if len(parts) > 1}
-    known = {name: row for name, row in known.items() if name in table.donors}
-    joints = {name: (whole - parts) / count for name, (whole, parts, count) in known.items()}
-    errors = []
-    for name, (whole, parts, count) in known.items():
-        others = [joint for other, joint in joints.items() if other != name]
-        errors.append(1 - (parts + count * sum(others) / max(len(others), 1)) / whole)
-    return errors
-
-
-def _measured_errors(graph: Layered, table: LatencyTable, knowledge: Knowledge) -> list[float]:
-    known = {one.assembly: one.latency.ms for one in knowledge.evaluated if one.latency}
-    intact = {assembly: ms for assembly, (ms, _) in intact_latencies(graph, table).items()}
-    errors = []
-    for assembly, ms in known.items():
-        path = graph.path(assembly)
-        if path is None or assembly.intact:
-            continue
-        rest = {other: value for other, value in (intact | known).items() if other != assembly}
-        errors.append(1 - float(latencies(graph, table, rest)[list(path)].sum()) / ms)
-    return errors

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 import time
-from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from statistics import median
 
-from derc.artifacts import Latency
+import numpy as np
+
+from derc.artifacts import Array, Latency
 from derc.errors import DercError
 
 Candidate = Callable[[], float]
@@ -19,6 +20,8 @@ Track = Callable[[Iterable[str], str, int], Iterable[str]]
 
 PERCENTILES = {50: 11, 90: 64, 99: 662}
 """Percentile → samples needed to state it at 99% confidence (MLPerf early stopping)."""
+LEAST_LIMIT_S = 40.0
+"""Seconds that a measurement without a limit of its own may take at least."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,12 @@ class MeasureOptions:
     turn look 1.6 to 4 times slower than each alone).
 
     Nothing settles before rounds have run for `span_s` (at most a quarter of the limit): a burst of samples from one
-    quiet moment agrees with itself only. `limit_s` includes the warm-up.
+    quiet moment agrees with itself only. `limit_s` includes the warm-up; without one (None) it is long enough for twice
+    `min_samples` rounds, and at least LEAST_LIMIT_S.
+
+    With `level` each sample is divided by the machine's speed at its moment, as its neighbours of all candidates show
+    it (see `drift`): medians then stand for one speed, the one that prevailed, and can be compared and added up on a
+    machine that changes its clock. Without, they are what a user of this machine gets.
     """
 
     warmup_runs: int = 10
@@ -44,13 +52,14 @@ class MeasureOptions:
     confidence: float = 0.95
     min_samples: int = 30
     span_s: float = 2.0
-    limit_s: float = 30.0
+    limit_s: float | None = 30.0
+    level: bool = False
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one candidate; `low` … `high` is the interval of the median, `samples` are all, in order of time."""
+    """Seconds of one candidate; `low` … `high` is the interval of the median, `samples` are all, as they came."""
 
     median: float
     low: float
@@ -73,11 +82,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Timings by candidate; `control` is the candidate `anchor` measured a second time under another name."""
+    """Timings by candidate; `control` is the candidate `anchor` measured a second time under another name.
+
+    `timed_s` is the time spent inside runs, those of the warm-up included, and `wall_s` that of the measurement.
+    """
 
     timings: dict[str, Timing]
     anchor: str
     control: Timing
+    timed_s: float = 0.0
+    wall_s: float = 0.0
 
     @property
     def noise(self) -> float:
@@ -102,17 +116,23 @@ def measure(
     """
     if not candidates:
         raise DercError("there is nothing to measure")
-    options = options or MeasureOptions()
-    start = clock()
-    hints = {name: _warm_up(run, options, clock) for name, run in candidates.items()}
-    anchor = anchor if anchor is not None else sorted(hints, key=lambda name: hints[name])[(len(hints) - 1) // 2]
+    options, start = options or MeasureOptions(), clock()
     series = {name: _Series(run) for name, run in candidates.items()}
+    hints = {name: _warm_up(one.call, options, clock) for name, one in series.items()}
+    anchor = anchor if anchor is not None else sorted(hints, key=lambda name: hints[name])[(len(hints) - 1) // 2]
     control = _Series(candidates[anchor])
-    rounds = _rounds(series, control, options, lambda: clock() - start)
+    if options.limit_s is None:
+        every = (hints[anchor], *hints.values())
+        round_s = sum(hint + min(options.rewarm_runs * hint, max(options.rewarm_s, hint)) for hint in every)
+        limit = clock() - start + max(LEAST_LIMIT_S, 2 * options.min_samples * round_s)
+        options = replace(options, limit_s=limit)
+    record = _Record([control, *series.values()], options)
+    rounds = _rounds(series, record, lambda: clock() - start)
     for _ in track(rounds, "measure", len(series)):
         pass
     timings = {name: one.timing(options) for name, one in series.items()}
-    return Measurement(timings, anchor, control.timing(options))
+    timed = control.spent + sum(one.spent for one in series.values())
+    return Measurement(timings, anchor, control.timing(options), timed, clock() - start)
 
 
 def relative(a: float, b: float) -> float:
@@ -135,38 +155,117 @@ def interval_rank(n: int, confidence: float = 0.95) -> int:
     return 0
 
 
+def correlation_time(samples: Sequence[float]) -> float:
+    """How many samples in a row say what one independent one would, at least 1: for the median of `samples` in order.
+
+    Integrated autocorrelation time of the signs about the median, summed over pairs of lags while they are positive
+    (Geyer 1992, initial positive sequence).
+    """
+    signs = np.sign(np.asarray(samples) - median(samples))
+    power = float(signs @ signs)
+    if len(signs) < 8 or power == 0:
+        return 1.0
+    total = -1.0
+    for lag in range(0, len(signs) // 2, 2):
+        pair = sum(float(signs[: len(signs) - k] @ signs[k:]) / power for k in (lag, lag + 1))
+        if pair <= 0:
+            break
+        total += 2 * pair
+    return max(total, 1.0)
+
+
+def drift(owners: Sequence[int], seconds: Sequence[float], window: int = 31) -> Array:
+    """Factor by which the machine was slower than it mostly was, at each of the samples, which are in order of time.
+
+    `owners[i]` is the candidate of sample i. Log times are a candidate's own level plus the machine's, which is the
+    median over `window` neighbouring samples of how far they lie off their levels; alternated to convergence, like the
+    median polish of a two-way table (Tukey 1977). Candidates run in random order, so no level can follow the drift.
+    """
+    owner, logs = np.asarray(owners), np.log(np.maximum(seconds, 1e-12))
+    members = [np.flatnonzero(owner == one) for one in np.unique(owner)]
+    half = min(window, len(logs)) // 2
+    slow = np.zeros(len(logs))
+    for _ in range(5):
+        level = np.empty(len(logs))
+        for rows in members:
+            level[rows] = np.median(logs[rows] - slow[rows])
+        padded = np.pad(logs - level, half, mode="reflect")
+        slow = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
+        slow -= np.median(slow)
+    factor: Array = np.exp(slow)
+    return factor
+
+
 @dataclass
 class _Series:
-    """The samples of one candidate, in order of time and sorted."""
+    """The samples of one candidate, in order of time: `levelled` those that count; `spent` seconds in all its runs."""
 
     run: Candidate
     samples: list[float] = field(default_factory=list)
-    ordered: list[float] = field(default_factory=list)
+    levelled: Sequence[float] = ()
+    spent: float = 0.0
 
-    def add(self, options: MeasureOptions) -> None:
+    def call(self) -> float:
+        seconds = self.run()
+        self.spent += seconds
+        return seconds
+
+    def sample(self, options: MeasureOptions) -> float:
         runs, spent = 0, 0.0
         while runs < options.rewarm_runs and spent < options.rewarm_s:
-            spent += self.run()
+            spent += self.call()
             runs += 1
-        seconds = self.run()
-        self.samples.append(seconds)
-        insort(self.ordered, seconds)
+        self.samples.append(self.call())
+        return self.samples[-1]
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """Interval of the median in seconds; open above where there are too few samples for one."""
-        rank = interval_rank(len(self.ordered), confidence)
-        return (self.ordered[rank - 1], self.ordered[-rank]) if rank else (0.0, math.inf)
+        """Interval of the median in seconds; open above where there are too few samples for one.
+
+        Samples that follow each other are alike where the machine's speed changes: the ranks are those of as many
+        independent samples as they are worth.
+        """
+        ordered = sorted(self.levelled)
+        worth = len(ordered) / correlation_time(self.levelled)
+        place = int(interval_rank(max(int(worth), 1), confidence) * len(ordered) / max(worth, 1))
+        return (ordered[place - 1], ordered[-place]) if place else (0.0, math.inf)
 
     def settled(self, options: MeasureOptions) -> bool:
+        if len(self.levelled) < options.min_samples:
+            return False
         low, high = self.interval(options.confidence)
-        enough = len(self.ordered) >= options.min_samples
-        return enough and high - low <= 2 * options.precision * median(self.ordered)
+        return high - low <= 2 * options.precision * median(self.levelled)
 
     def timing(self, options: MeasureOptions) -> Timing:
         low, high = self.interval(options.confidence)
         if math.isinf(high):
-            low, high = self.ordered[0], self.ordered[-1]
-        return Timing(median(self.ordered), low, high, self.settled(options), tuple(self.samples))
+            low, high = min(self.levelled), max(self.levelled)
+        return Timing(median(self.levelled), low, high, self.settled(options), tuple(self.samples))
+
+
+@dataclass
+class _Record:
+    """All samples of a measurement in order of time."""
+
+    series: list[_Series]
+    options: MeasureOptions
+    owners: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def round(self, order: random.Random) -> None:
+        """One sample of each, in random order."""
+        for owner in order.sample(range(len(self.series)), len(self.series)):
+            self.owners.append(owner)
+            self.seconds.append(self.series[owner].sample(self.options))
+
+    def level(self) -> None:
+        """Bring what each series is judged by up to date."""
+        if not self.options.level:
+            for one in self.series:
+                one.levelled = one.samples
+            return
+        even = np.asarray(self.seconds) / drift(self.owners, self.seconds)
+        for owner, one in enumerate(self.series):
+            one.levelled = even[np.asarray(self.owners) == owner].tolist()
 
 
 def _warm_up(run: Candidate, options: MeasureOptions, clock: Callable[[], float]) -> float:
@@ -179,29 +278,28 @@ def _warm_up(run: Candidate, options: MeasureOptions, clock: Callable[[], float]
     return median(seen[-window:])
 
 
-def _rounds(
-    series: Mapping[str, _Series], control: _Series, options: MeasureOptions, elapsed: Callable[[], float]
-) -> Iterator[str]:
+def _rounds(series: Mapping[str, _Series], record: _Record, elapsed: Callable[[], float]) -> Iterator[str]:
     """Run rounds until all have settled at one look or time is out; yields each name when it first has.
 
     Looks come at 5% more rounds each time: fewer looks, fewer lucky stops.
     """
-    order, turn = random.Random(options.seed), [control, *series.values()]
+    options = record.options
+    order, limit = random.Random(options.seed), options.limit_s or LEAST_LIMIT_S
     least = next(n for n in range(1, 10_000) if interval_rank(n, options.confidence))
-    free = elapsed() + min(options.span_s, options.limit_s / 4)
+    free = elapsed() + min(options.span_s, limit / 4)
     waiting, rounds, look = dict.fromkeys(series), 0, options.min_samples
-    while rounds < least or elapsed() < options.limit_s:
-        order.shuffle(turn)
-        for one in turn:
-            one.add(options)
+    while rounds < least or elapsed() < limit:
+        record.round(order)
         rounds += 1
         if rounds < look or elapsed() < free:
             continue
         look = math.ceil(1.05 * rounds)
+        record.level()
         settled = {name for name, one in series.items() if one.settled(options)}
         for name in [name for name in waiting if name in settled]:
             del waiting[name]
             yield name
         if len(settled) == len(series):
             break
+    record.level()
     yield from waiting

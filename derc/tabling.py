@@ -8,14 +8,16 @@ from datetime import UTC, datetime
 
 from derc import portable, recorded
 from derc.artifacts import CutZoo, LatencyTable, Partition
+from derc.deployed import donor_model
 from derc.devices import describe_machine
 from derc.exporting import Slicer
 from derc.ir import TensorType
 from derc.measure import MeasureOptions
-from derc.passes.profile import Profile, export_donor, stitch_shapes
+from derc.passes.profile import Profile
 from derc.pipeline import Context
 from derc.recorded import Foreseen, Wanted
 from derc.shelf import Shelf
+from derc.stitch_latency import stitch_shapes
 from derc.tables import TableFile, span
 from derc.workload import Work, slice_work, stitch_work
 
@@ -27,11 +29,11 @@ def table_file(
     cuts: CutZoo,
     partition: Partition,
     table: LatencyTable,
-    limit_s: float,
+    limit_s: float | None,
     *,
     now: datetime | None = None,
 ) -> TableFile:
-    """`table`, measured on the context's target, as a file; `limit_s` is what the measurement was allowed."""
+    """`table`, measured on the context's target, as a file; `limit_s` is what the measurement was allowed (None: as long as it took, written as 0)."""
     profile, measure = Profile(limit_s=limit_s), MeasureOptions()
     gpu = context.target.device is not None and context.target.device.kind == "gpu"
     return portable.describe(
@@ -41,7 +43,7 @@ def table_file(
         cuts=cuts.donors,
         works=works(context, cuts, table.blocks, stitch_shapes(cuts, partition)),
         machine=describe_machine(gpu=gpu),
-        options={"precision": profile.precision, "confidence": measure.confidence, "limit_s": limit_s},
+        options={"precision": profile.precision, "confidence": measure.confidence, "limit_s": limit_s or 0.0},
         created=(now or datetime.now(UTC)).isoformat(timespec="seconds"),
     )
 
@@ -72,7 +74,7 @@ def works(context: Context, cuts: CutZoo, blocks: Iterable[str], shapes: Shapes)
         spans.setdefault(donor, [(donor, 0, len(cuts.donors[donor].units))]).append((block, first, last))
     found: dict[str, Work] = {}
     for donor, parts in spans.items():
-        slicer = Slicer(export_donor(context, donor, context.lowered[donor]))
+        slicer = Slicer(donor_model(context, donor))
         known: dict[tuple[int, int], Work] = {}
         for name, first, last in parts:
             if (first, last) not in known:

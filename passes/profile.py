@@ -1,37 +1,60 @@
-"""Measure every block, every intact donor and a spread of stitches on the target; predict the other stitches."""
+"""Measure donors, blocks, stitches and whole assemblies on the target, and fit what a sum of parts misses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from derc import exporting, stitching
-from derc.artifacts import Array, BlockRef, CutZoo, Latency, LatencyTable, Partition, digest
+from derc import deployed, exporting, layered
+from derc.artifacts import (
+    Array,
+    Assembly,
+    BlockRef,
+    CutZoo,
+    Evaluated,
+    Latency,
+    LatencyTable,
+    Partition,
+    digest,
+)
 from derc.engine import Session
-from derc.errors import UsageError
-from derc.ir import TensorType
-from derc.lowered import Lowered
+from derc.errors import BuildError, DercError, MissingDependencyError, UnstableError, UsageError
 from derc.measure import Measurement, MeasureOptions, measure
-from derc.pipeline import Context, code_version
+from derc.pipeline import Context
+from derc.prediction import predict, wholes
+from derc.sampling import sample, stitches
+from derc.slices import Slices
+from derc.stitch_latency import predict as predict_stitches
+from derc.stitch_latency import spread, stitch_shapes
 
-Shapes = dict[str, tuple[TensorType, TensorType]]
+CALIBRATION_IMAGES = 64
+"""Probe images that show a block what flows into it."""
+NOISY = 0.25
+"""Half-width of the anchor's interval, as a share, from which on a table would be worth nothing."""
+
+Variants = dict[BlockRef, list[Array]]
+"""Blocks in lower precisions, with what flows into each."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """At most `max_stitches` stitches are measured; `limit_s` bounds the measurement of everything together."""
+    """Measures at least `max_stitches` shapes of stitches, where there are so many, and up to `networks` assemblies.
+
+    `limit_s` bounds the measurement of everything together; None: as long as twice the least number of rounds takes.
+    """
 
     name: ClassVar[str] = "profile"
     produces: ClassVar[type] = LatencyTable
 
     max_stitches: int = 24
-    limit_s: float = 40.0
+    networks: int = 24
+    limit_s: float | None = None
     precision: float = 0.01
 
     def __post_init__(self) -> None:
@@ -41,118 +64,153 @@ class Profile:
             )
 
     def inputs(self, context: Context) -> str:
-        """Donors, device, engine, shapes and exporter."""
+        """Donors, device, engine, precisions, shapes and exporter."""
         donors = {name: context.zoo[name].digest() for name in context.zoo.names}
-        return digest(donors, context.engine.describe(), context.target, exporting.versions(), context.seed)
+        lower = context.data.probe.digest if len(context.precisions) > 1 else ""
+        device = context.engine.describe(), context.target, list(context.precisions), lower
+        return digest(donors, *device, exporting.versions(), context.seed)
 
     def run(self, context: Context, cut_zoo: CutZoo, partition: Partition) -> LatencyTable:
-        """Latencies by donor name, `str(BlockRef)` and `stitching.key`."""
-        whole = {name: str(BlockRef(name, 0, len(cut_zoo.donors[name].units), 0)) for name in partition.blocks}
-        shapes = stitch_shapes(cut_zoo, partition)
-        chosen = spread(shapes, self.max_stitches)
+        """Latencies by donor name, `str(BlockRef)` and `stitching.key`; see LatencyTable.
+
+        Raises UnstableError where the machine is too noisy for any latency to be known, BuildError where nothing can be
+        built.
+        """
+        shapes, graph = stitch_shapes(cut_zoo, partition), layered.build(cut_zoo, partition)
+        likely = frozenset(spread(shapes, self.max_stitches))
+        networks = sample(graph, self.networks, context.seed, likely)
+        chosen = {key: shapes[key] for key in sorted(likely.union(*(stitches(graph, a) for a in networks)))}
+        slices, failed = Slices(context, cut_zoo, chosen), dict[str, str]()
+        variants = _rewrite(context, partition, slices, failed)
+        parts = _models(slices, partition, variants, networks)
         with ExitStack() as stack:
-            sessions: dict[str, Session] = {}
-            for name, blocks in context.console.track(partition.blocks.items(), "export", len(whole)):
-                spans = {(0, len(cut_zoo.donors[name].units))} | {(block.first, block.last) for block in blocks}
-                sessions |= _open_blocks(context, stack, name, spans)
-            sessions |= _open_stitches(context, stack, {key: shapes[key] for key in chosen})
-            measured = self._measure(context, sessions, whole[_median_donor(cut_zoo)])
+            sessions = _open(context, stack, parts, failed)
+            distortion = _distortions(variants, sessions)
+            measured = self._measure(context, sessions, f"donor {_median_donor(cut_zoo)}")
         known = {name: timing.latency() for name, timing in measured.timings.items()}
-        return LatencyTable(
+        table = LatencyTable(
             target=context.target.name,
             engine=context.engine.describe(),
-            donors={name: known[span] for name, span in whole.items()},
-            blocks={str(block): known[str(block)] for blocks in partition.blocks.values() for block in blocks},
-            stitches=predict(shapes, {key: known[key] for key in chosen}),
+            donors=_of("donor", known),
+            blocks=_of("block", known),
+            stitches=predict_stitches(shapes, _of("stitch", known)),
             noise=measured.noise,
+            distortion=distortion,
+            failed=failed,
+            networks=tuple(Evaluated(a, None, known[f"network {a}"]) for a in networks if f"network {a}" in known),
+            samples={name: np.array(timing.samples) for name, timing in measured.timings.items()},
+            timed_s=measured.timed_s,
+            measured_s=measured.wall_s,
         )
+        return replace(table, errors=_errors(table, cut_zoo, partition))
 
     def _measure(self, context: Context, sessions: Mapping[str, Session], anchor: str) -> Measurement:
-        options = MeasureOptions(limit_s=self.limit_s, precision=self.precision, seed=context.seed)
+        """Raises UnstableError where not even the anchor's latency is known to 25%."""
+        options = MeasureOptions(limit_s=self.limit_s, precision=self.precision, level=True, seed=context.seed)
         calls = {name: session.time for name, session in sessions.items()}
+        anchor = anchor if anchor in calls else next(iter(calls))
         measured = measure(calls, options, anchor=anchor, track=context.console.track)
         unstable = sum(not timing.stable for timing in measured.timings.values())
         if unstable:
             context.console.say(
                 f"profile: {unstable} of {len(calls)} latencies did not settle to {self.precision:.0%} "
-                f"in {self.limit_s:g} s and keep wider intervals (A/A difference {measured.noise:.1%})"
+                f"in {measured.wall_s:.0f} s and keep wider intervals (A/A difference {measured.noise:.1%})"
+            )
+        found = measured.timings[anchor].latency()
+        if found.high_ms - found.low_ms > 2 * NOISY * found.ms:
+            raise UnstableError(
+                f"the machine is too noisy to measure on: {anchor} takes between {found.low_ms:.3f} and "
+                f"{found.high_ms:.3f} ms after {found.samples} samples; stop other work on it, or give more time with "
+                "--profile-s"
             )
         return measured
 
 
-def stitch_shapes(cut_zoo: CutZoo, partition: Partition) -> Shapes:
-    """The distinct (source, target) types of all stitches that an assembly may need, by `stitching.key`.
+def _rewrite(context: Context, partition: Partition, slices: Slices, failed: dict[str, str]) -> Variants:
+    """Add every block in every lower precision to `slices`; why one cannot be had goes to `failed`."""
+    variants: Variants = {}
+    for block, samples in _flows(context, partition):
+        try:
+            slices.rewrite(block, samples)
+            variants[block] = samples
+        except MissingDependencyError:
+            raise
+        except DercError as error:
+            failed[str(block)] = str(error)
+    return variants
 
-    A stitch leads from the end of a block to the start of any block of a later set, unless one donor just goes on.
-    """
+
+def _models(
+    slices: Slices, partition: Partition, variants: Variants, networks: tuple[Assembly, ...]
+) -> dict[str, Callable[[], bytes]]:
+    """What is measured, by kind and name, each made when it is called for."""
     blocks = [block for chain in partition.blocks.values() for block in chain]
-    shapes: Shapes = {}
-    for before in blocks:
-        source = cut_zoo.donors[before.donor].cuts[before.last].type
-        for after in blocks:
-            target = cut_zoo.donors[after.donor].cuts[after.first].type
-            goes_on = before.donor == after.donor and before.last >= after.first
-            if after.set > before.set and not goes_on and stitching.keeps_places(source, target):
-                shapes[stitching.key(source, target)] = (source, target)
-    return shapes
+    return {
+        **{f"donor {name}": partial(slices.donor, name) for name in partition.blocks},
+        **{f"block {block}": partial(slices.block, block) for block in (*blocks, *variants)},
+        **{f"stitch {key}": partial(slices.stitch, key) for key in slices.shapes},
+        **{f"network {network}": partial(slices.assembly, network) for network in networks},
+    }
 
 
-def spread(shapes: Shapes, count: int) -> list[str]:
-    """`count` keys that lie far apart in log MACs and log bytes, by farthest-point sampling from the cheapest."""
-    keys = sorted(shapes)
-    if len(keys) <= count:
-        return keys
-    points = np.log1p(np.array([_features(*shapes[key])[1:] for key in keys]))
-    points = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-12)
-    taken = [int(points.sum(1).argmin())]
-    distance = np.full(len(keys), np.inf)
-    while len(taken) < count:
-        distance = np.minimum(distance, np.linalg.norm(points - points[taken[-1]], axis=1))
-        distance[taken] = -1.0
-        taken.append(int(distance.argmax()))
-    return [keys[place] for place in taken]
+def _of(kind: str, known: Mapping[str, Latency]) -> dict[str, Latency]:
+    return {name.removeprefix(f"{kind} "): ms for name, ms in known.items() if name.startswith(f"{kind} ")}
 
 
-def predict(shapes: Shapes, measured: Mapping[str, Latency]) -> dict[str, Latency]:
-    """Latency of every stitch: `measured` where there is one, else a + b·MACs + c·bytes with a, b, c ≥ 0.
+def _open(
+    context: Context, stack: ExitStack, models: Mapping[str, Callable[[], bytes]], failed: dict[str, str]
+) -> dict[str, Session]:
+    """A session for each model, built in a child; why a build failed goes to `failed`, by the part's own name.
 
-    The interval holds 95% of the leave-one-out errors, as ratios.
+    Raises BuildError where no donor is left.
     """
-    if len(measured) == len(shapes):
-        return dict(measured)
-    rows = np.array([_features(*shapes[key]) for key in measured])
-    times = np.array([latency.ms for latency in measured.values()])
-    weights = fit(rows, times)
-    others = [np.delete(np.arange(len(times)), i) for i in range(len(times))]
-    ratios = [times[i] / (rows[i] @ fit(rows[rest], times[rest])) for i, rest in enumerate(others)]
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    table = dict(measured)
-    for key in shapes.keys() - measured.keys():
-        ms = float(_features(*shapes[key]) @ weights)
-        table[key] = Latency(ms, ms * min(1.0, float(low)), ms * max(1.0, float(high)), provenance="predicted")
-    return {key: table[key] for key in sorted(table)}
+    sessions: dict[str, Session] = {}
+    for name in context.console.track(models, "build", len(models)):
+        try:
+            sessions[name] = context.builder.session(models[name](), name)
+            stack.callback(sessions[name].close)
+        except MissingDependencyError:
+            raise
+        except DercError as error:
+            failed[name.partition(" ")[2]] = str(error)
+            context.console.say(f"{name} is left out: {error}")
+    if not any(name.startswith("donor ") for name in sessions):
+        raise BuildError(f"no donor could be built: {next(iter(failed.values()))}")
+    return sessions
 
 
-def fit(rows: Array, times: Array) -> Array:
-    """Non-negative weights w minimising Σ (row·w − time)²; exact, by trying every set of non-zero weights.
+@torch.no_grad()
+def _flows(context: Context, partition: Partition) -> Iterator[tuple[BlockRef, list[Array]]]:
+    """Every block in every lower precision, with what flows into it in its own donor from the probe set."""
+    lower = [precision for precision in context.precisions if precision != "fp32"]
+    if not lower:
+        return
+    images = next(iter(context.data.probe.batches(CALIBRATION_IMAGES)))[0]
+    for name, chain in partition.blocks.items():
+        x, at = images, 0
+        for block in chain:
+            x, at = context.lowered[name].block(at, block.first)(x.clone()) if block.first > at else x, block.first
+            samples = deployed.batches(x.numpy(), context.target.batch)
+            for precision in lower:
+                yield replace(block, precision=precision), samples
 
-    Milliseconds, not ratios: that is what a budget adds up, and ratios would pull the fit to the cheapest stitches.
-    """
-    best, least = np.zeros(rows.shape[1]), np.inf
-    for size in range(1, rows.shape[1] + 1):
-        for columns in map(list, combinations(range(rows.shape[1]), size)):
-            found = np.linalg.lstsq(rows[:, columns], times, rcond=None)[0]
-            error = float(np.sum((rows[:, columns] @ found - times) ** 2))
-            if (found >= 0).all() and error < least:
-                best, least = np.zeros(rows.shape[1]), error
-                best[columns] = found
-    return best
+
+def _distortions(variants: Variants, sessions: Mapping[str, Session]) -> dict[str, float]:
+    """Share of the variance of each block's output by which its lower precision differs."""
+    found = {}
+    for block, samples in variants.items():
+        plain, lower = sessions.get(f"block {block.plain}"), sessions.get(f"block {block}")
+        if plain and lower:
+            want, given = (np.concatenate([s.run(x) for x in samples]).astype(np.float64) for s in (plain, lower))
+            found[str(block)] = float(np.square(given - want).mean() / max(want.var(), 1e-30))
+    return found
 
 
-def _features(source: TensorType, target: TensorType) -> Array:
-    """(1, mega-MACs, megabytes in and out) of one stitch, for one image."""
-    macs = stitching.cost(source, target).macs
-    return np.array([1.0, macs / 1e6, 4 * (source.numel + target.numel) / 1e6])
+def _errors(table: LatencyTable, cuts: CutZoo, partition: Partition) -> dict[str, float]:
+    """Errors of the prediction of each network measured whole, by the others."""
+    graph = layered.build(cuts, partition, timed=table.blocks)
+    known = {assembly: latency.ms for assembly, latency in wholes(table, graph).items()}
+    return {str(assembly): error for assembly, error in predict(graph, cuts, table, known).errors.items()}
 
 
 def _median_donor(cut_zoo: CutZoo) -> str:
@@ -160,57 +218,7 @@ def _median_donor(cut_zoo: CutZoo) -> str:
     return sorted(macs, key=lambda name: (macs[name], name))[(len(macs) - 1) // 2]
 
 
-def _example(kind: TensorType, batch: int) -> torch.Tensor:
-    return torch.randn(batch, *kind.shape, generator=torch.Generator().manual_seed(0))
-
-
-def _open_blocks(context: Context, stack: ExitStack, name: str, spans: set[tuple[int, int]]) -> dict[str, Session]:
-    """Sessions of a donor's blocks, all sliced out of one export."""
-    slicer = exporting.Slicer(export_donor(context, name, context.lowered[name]))
-    sessions = {}
-    for first, last in sorted(spans):
-        session = context.engine.open(slicer.slice((f"cut_{first}",), (f"cut_{last}",)))
-        stack.callback(session.close)
-        sessions[str(BlockRef(name, first, last, 0))] = session
-    return sessions
-
-
 def intact_model(context: Context, name: str) -> bytes:
     """The whole donor as ONNX, just as its latency was measured for the table."""
-    lowered = context.lowered[name]
-    model = export_donor(context, name, lowered)
-    return exporting.slice_model(model, ("cut_0",), (f"cut_{len(lowered.units)}",))
-
-
-def export_donor(context: Context, name: str, lowered: Lowered) -> bytes:
-    """The donor's export with every cut as a named output, from the store where it is there."""
-    batch, cuts, code = context.target.batch, lowered.cuts, code_version(exporting.__name__)
-    key = digest(["donor", context.zoo[name].digest(), batch, code], exporting.versions(), *cuts)
-    model = context.store.get_bytes(key)
-    if model is None:
-        chain = exporting.Chain(lowered.block(i, i + 1) for i in range(len(cuts) - 1))
-        outputs = [f"cut_{i}" for i in range(1, len(cuts))]
-        model = exporting.export(chain, _example(cuts[0].type, batch), outputs, input_names=["cut_0"])
-        context.store.put_bytes(key, model, note=f"onnx {name}")
-    return model
-
-
-def _open_stitches(context: Context, stack: ExitStack, shapes: Shapes) -> dict[str, Session]:
-    """Sessions of the stitches, all sliced out of one export."""
-    if not shapes:
-        return {}
-    batch, code = context.target.batch, code_version(exporting.__name__)
-    key = digest(["stitches", sorted(shapes), batch, code], exporting.versions())
-    model = context.store.get_bytes(key)
-    if model is None:
-        parts = exporting.Parallel(stitching.build(*shape) for shape in shapes.values())
-        examples = tuple(_example(source, batch) for source, _ in shapes.values())
-        outputs, inputs = [f"out {key}" for key in shapes], [f"in {key}" for key in shapes]
-        model = exporting.export(parts, examples, outputs, input_names=inputs)
-        context.store.put_bytes(key, model, note="onnx stitches")
-    slicer, sessions = exporting.Slicer(model), {}
-    for shape in shapes:
-        session = context.engine.open(slicer.slice((f"in {shape}",), (f"out {shape}",)))
-        stack.callback(session.close)
-        sessions[shape] = session
-    return sessions
+    model, last = deployed.donor_model(context, name), len(context.lowered[name].units)
+    return exporting.slice_model(model, ("cut_0",), (f"cut_{last}",))

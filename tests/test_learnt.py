@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from derc.artifacts import Assembly, Evaluated, Knowledge, LatencyTable
+from derc.artifacts import Assembly, Evaluated, Knowledge
 from derc.errors import DercError
-from derc.learnt import corrections, latencies, margin_from, prior_loss
+from derc.learnt import corrections, margin_from, prior_loss
 from derc.passes.select import Select
 from tests.layers import paths, random_knowledge, random_problem, without_accuracy
 from tests.zoos import latency, table_of
@@ -60,7 +60,7 @@ def test_a_measured_assembly_predicts_itself_and_moves_its_neighbours() -> None:
     after = problem.learn(Select(), knowledge)
     assert after.predict(slow)["latency_ms"] == 2 * expected
     assert after.latency_ms is not None
-    assert after.latency_ms[list(after.graph.path(slow) or ())].sum() == pytest.approx(2 * expected, rel=0.01)
+    assert expected * 1.1 < after.latency_ms[list(after.graph.path(slow) or ())].sum() <= 2 * expected
     assert (after.predict(other)["latency_ms"] or 0) > (before.predict(other)["latency_ms"] or 0)
     assert after.expected_loss(slow) == pytest.approx(0.7)
 
@@ -138,28 +138,11 @@ def test_latencies_stay_positive() -> None:
     assert (learnt.latency_ms[inner] > 0).all()
 
 
-def overhead_table(extra: float) -> LatencyTable:
-    """Three donors of three blocks, of which the last takes `extra` times the sum of its blocks."""
-    blocks = {f"{name}[{i}:{i + 1}]": 1.0 for name in "abc" for i in range(3)}
-    return table_of({"a": 3.0, "b": 3.0, "c": 3.0 * extra}, blocks, {})
-
-
-@pytest.mark.parametrize(("extra", "margin"), [(1.0, 0.02), (1.25, 0.2), (0.8, 0.1)])
-def test_the_margin_is_the_worst_underestimate_of_the_intact_donors(extra: float, margin: float) -> None:
-    assert margin_from(overhead_table(extra)) == pytest.approx(margin, abs=0.001)
-
-
-def test_the_margin_of_one_donor_is_what_its_blocks_miss() -> None:
-    table = table_of({"a": 4.0}, {"a[0:1]": 1.0, "a[1:2]": 2.0}, {})
-    assert margin_from(table) == pytest.approx(0.25)
-
-
-def test_measured_assemblies_count_in_the_margin() -> None:
-    problem = random_problem(9, (5, 5, 5))
-    learnt = problem.learn(Select())
-    slow = next(a for a in paths(learnt) if not a.intact)
-    knowledge = Knowledge((Evaluated(slow, None, latency(10 * (learnt.predict(slow)["latency_ms"] or 0))),))
-    assert margin_from(problem.table, knowledge, learnt.graph) == pytest.approx(0.9)
+def test_the_margin_is_the_quantile_of_what_exceeded_its_prediction() -> None:
+    table = table_of({}, {}, {})
+    errors = {str(i): -i / 100 for i in range(11)} | {"slow": 0.4}
+    assert margin_from(replace(table, errors=errors)) == pytest.approx(0.09)
+    assert margin_from(replace(table, errors={"a": 0.3})) == table.noise == margin_from(table)
 
 
 def test_refitting_is_deterministic() -> None:
@@ -168,8 +151,7 @@ def test_refitting_is_deterministic() -> None:
     knowledge = random_knowledge(1, learnt, 10)
     one, two = problem.learn(Select(), knowledge), problem.learn(Select(), knowledge)
     assert np.array_equal(one.loss, two.loss)
-    known = {a: ms for a, (ms, _) in one.measured.items()}
-    assert np.array_equal(latencies(learnt.graph, problem.table, known), two.latency_ms)
+    assert one.latency_ms is not None and np.array_equal(one.latency_ms, two.latency_ms)
 
 
 def test_a_lower_precision_costs_its_distortion() -> None:

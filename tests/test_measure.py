@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from derc.errors import DercError
-from derc.measure import MeasureOptions, interval_rank, measure, relative
+from derc.measure import MeasureOptions, correlation_time, drift, interval_rank, measure, relative
 
 
 class Clock:
@@ -200,3 +200,79 @@ def test_progress_names_every_candidate_once():
 def test_nothing_to_measure():
     with pytest.raises(DercError, match="nothing to measure"):
         measure({})
+
+
+def autoregressive(rho: float, count: int, rng: np.random.Generator) -> np.ndarray:
+    """A stationary Gaussian series whose neighbours correlate by `rho`."""
+    noise, x = rng.standard_normal(count + 200), np.zeros(count + 200)
+    for i in range(1, len(x)):
+        x[i] = rho * x[i - 1] + math.sqrt(1 - rho**2) * noise[i]
+    return x[200:]
+
+
+def test_correlation_time_of_signs_is_the_theoretical_one():
+    """Signs of a Gaussian series of correlation r correlate by 2/π·asin(r) (the arcsine law)."""
+    rng = np.random.default_rng(0)
+    for rho in (0.0, 0.5, 0.9):
+        theory = 1 + 2 * sum(2 / math.pi * math.asin(rho**lag) for lag in range(1, 400))
+        found = np.mean([correlation_time(autoregressive(rho, 2000, rng).tolist()) for _ in range(40)])
+        assert found == pytest.approx(theory, rel=0.15)
+    assert correlation_time([1.0] * 100) == 1.0 == correlation_time([1.0, 2.0])
+
+
+def test_intervals_cover_the_median_of_a_machine_that_drifts():
+    """Without regard to correlation the 95% interval covers the true median only about half of the time."""
+    rng, covered, plain = np.random.default_rng(1), 0, 0
+    for _ in range(150):
+        samples = (1 + 0.01 * autoregressive(0.8, 200, rng)).tolist()
+        feed = iter(samples[:1] + samples)
+        options = {"warmup_runs": 1, "warmup_s": 0.0, "rewarm_runs": 0, "span_s": 0.0, "precision": 0.0}
+        timing = measure({"a": lambda feed=feed: next(feed, 1.0)}, MeasureOptions(limit_s=1e-9, **options)).timings["a"]
+        assert timing.low <= timing.median <= timing.high
+        ordered, rank = sorted(samples), interval_rank(200)
+        wide = int(interval_rank(int(200 / correlation_time(samples))) * correlation_time(samples))
+        covered += ordered[wide - 1] <= 1 <= ordered[-wide]
+        plain += ordered[rank - 1] <= 1 <= ordered[-rank]
+    assert covered / 150 >= 0.88 and plain / 150 < 0.7
+
+
+def test_drift_is_what_the_machine_did():
+    """Forty candidates on a machine that is 1.4 times slower every other while: levels and drift are found."""
+    rng = np.random.default_rng(2)
+    levels = np.exp(rng.normal(0, 1, 40))
+    owners = np.concatenate([rng.permutation(40) for _ in range(60)])
+    slow = np.where((np.arange(len(owners)) // 400) % 2 == 1, 1.4, 1.0)
+    seconds = levels[owners] * slow * (1 + 0.02 * rng.exponential(size=len(owners)))
+    found = drift(owners.tolist(), seconds.tolist())
+    assert np.median(np.abs(found / slow / np.median(found / slow) - 1)) < 0.005
+    even = seconds / found
+    shares = [np.array([np.median(x[owners == i]) / levels[i] for i in range(40)]) for x in (even, seconds)]
+    off, raw = (np.abs(share / np.median(share) - 1).max() for share in shares)
+    assert off < 0.01 < 0.03 < raw
+
+
+def test_levelled_medians_agree_on_a_machine_that_changes_its_clock():
+    clock = Clock()
+    rng = random.Random(0)
+
+    def two_speeds(mean: float) -> Callable[[], float]:
+        return lambda: mean * (0.7 if int(clock.now / 1.5) % 2 else 1.0) * (1 + 0.02 * rng.expovariate(1.0))
+
+    means = {f"{i}": 1e-3 * (1 + i) for i in range(12)}
+    result = run(clock, {name: two_speeds(mean) for name, mean in means.items()}, limit_s=20, level=True)
+    ratios = [result.timings[name].median / mean for name, mean in means.items()]
+    assert max(ratios) / min(ratios) < 1.02
+    assert all(timing.stable for timing in result.timings.values())
+    assert min(result.timings["3"].samples) < 0.75 * max(result.timings["3"].samples)
+
+
+def test_time_inside_runs_is_counted():
+    clock = Clock()
+    result = run(clock, {"a": lambda: 2e-3, "b": lambda: 1e-3}, limit_s=2)
+    assert result.timed_s == pytest.approx(clock.now) == pytest.approx(result.wall_s)
+
+
+def test_without_a_limit_the_rounds_set_it():
+    clock = Clock()
+    result = run(clock, {"wild": noisy(1.0, 0.3, 1), "slow": noisy(2.0, 0.3, 2)}, limit_s=None, warmup_s=0.0)
+    assert 50 <= len(result.timings["wild"].samples) <= 70

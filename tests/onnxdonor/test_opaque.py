@@ -14,10 +14,10 @@ from onnx import helper
 import derc
 from derc import exporting
 from derc.artifacts import Assembly, BlockRef
+from derc.deployed import donor_model
 from derc.donor import Donor
 from derc.errors import UsageError
 from derc.onnxdonor.network import build, opaque_nodes
-from derc.passes.profile import export_donor
 from derc.printing import print_network
 from derc.workspace import NEGLIGIBLE, LiveDonors
 from derc.zoo import Zoo
@@ -141,7 +141,7 @@ def test_it_takes_part_in_profiling(tmp_path):
     context = make_context(tmp_path / "store", "convnext")
     zoo = Zoo("test", (donor,))
     context = replace(context, zoo=zoo, lowered=LiveDonors(zoo, NEGLIGIBLE))
-    model_bytes = export_donor(context, "odd", context.lowered["odd"])
+    model_bytes = donor_model(context, "odd")
     session = context.engine.open(exporting.slice_model(model_bytes, ("cut_1",), ("cut_3",)))
     try:
         assert session.time() > 0

@@ -11,9 +11,12 @@ from scipy.optimize import nnls
 
 from derc import stitching
 from derc.artifacts import BlockRef, CutZoo, Latency, Partition
-from derc.errors import UsageError
+from derc.backends.onnxruntime import OnnxSession
+from derc.errors import UnstableError, UsageError
 from derc.ir import Layout, TensorType
-from derc.passes.profile import Profile, fit, predict, spread, stitch_shapes
+from derc.passes.profile import Profile
+from derc.slices import Slices
+from derc.stitch_latency import fit, predict, spread, stitch_shapes
 from tests.world import make_context
 
 FAMILIES = ("resnet", "vit")
@@ -35,7 +38,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(world):
     context, cuts, partition = world
-    return Profile(max_stitches=4, limit_s=2.0).run(context, cuts, partition)
+    return Profile(max_stitches=4, networks=4, limit_s=3.0).run(context, cuts, partition)
 
 
 def maps(channels: int, side: int) -> TensorType:
@@ -66,9 +69,41 @@ def test_every_stitch_has_a_latency(world, table):
     _, cuts, partition = world
     assert table.stitches.keys() == stitch_shapes(cuts, partition).keys()
     kinds = [latency.provenance for latency in table.stitches.values()]
-    assert kinds.count("measured") == 4 and set(kinds) == {"measured", "predicted"}
+    assert kinds.count("measured") >= 4 and set(kinds) == {"measured", "predicted"}
     for latency in table.stitches.values():
         assert 0 < latency.low_ms <= latency.ms <= latency.high_ms
+
+
+def test_networks_are_measured_whole_and_predicted_from_each_other(world, table):
+    assert len(table.networks) == 4 and all(one.latency and one.latency.ms > 0 for one in table.networks)
+    assert table.errors.keys() >= {str(one.assembly) for one in table.networks} and len(table.errors) == 6
+    assert np.median(np.abs(list(table.errors.values()))) < 0.3
+    assert set(table.samples) == {
+        *(f"donor {name}" for name in table.donors),
+        *(f"block {name}" for name in table.blocks),
+        *(f"stitch {key}" for key, latency in table.stitches.items() if latency.provenance == "measured"),
+        *(f"network {one.assembly}" for one in table.networks),
+    }
+    assert 0 < table.timed_s <= table.measured_s and not table.failed
+
+
+def test_what_cannot_be_built_ends_that_block_only(world, monkeypatch):
+    """A part that the runtime cannot load is left out, with the reason; the rest is measured."""
+    context, cuts, partition = world
+    honest = Slices.block
+    broken = str(partition.blocks["vit"][1])
+    monkeypatch.setattr(Slices, "block", lambda self, b: b"no model" if str(b) == broken else honest(self, b))
+    found = Profile(max_stitches=4, networks=0, limit_s=1.0).run(context, cuts, partition)
+    assert list(found.failed) == [broken] and "onnxruntime failed in loading the model" in found.failed[broken]
+    assert broken not in found.blocks and len(found.blocks) == 5 and found.donors.keys() == set(FAMILIES)
+
+
+def test_a_machine_too_noisy_is_refused_with_the_interval(world, monkeypatch):
+    context, cuts, partition = world
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(OnnxSession, "time", lambda self: float(rng.lognormal(-9, 1.5)))
+    with pytest.raises(UnstableError, match=r"too noisy to measure on: donor .* takes between [\d.]+ and [\d.]+ ms"):
+        Profile(max_stitches=4, networks=0, limit_s=0.3).run(context, cuts, partition)
 
 
 def test_the_table_says_where_it_holds(world, table):
@@ -79,7 +114,7 @@ def test_the_table_says_where_it_holds(world, table):
 def test_donors_are_exported_once(world, table, monkeypatch):
     context, cuts, partition = world
     monkeypatch.setattr("derc.exporting.export", pytest.fail)
-    Profile(max_stitches=4, limit_s=0.1).run(context, cuts, partition)
+    Profile(max_stitches=4, networks=4, limit_s=3.0).run(context, cuts, partition)
     assert {entry.note for entry in context.store.entries()} == {"onnx resnet", "onnx vit", "onnx stitches"}
 
 

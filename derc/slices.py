@@ -1,0 +1,77 @@
+"""ONNX models of what is measured, donors, blocks, stitches and assemblies, sliced out of few exports in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from derc import deployed, exporting, stitching
+from derc.artifacts import Array, Assembly, BlockRef, CutZoo, digest
+from derc.exporting import Slicer
+from derc.ir import TensorType
+from derc.pipeline import Context, code_version
+
+Shapes = Mapping[str, tuple[TensorType, TensorType]]
+
+
+@dataclass
+class Slices:
+    """Models of a zoo's parts at the target's batch size; `shapes` are the stitches', by `stitching.key`.
+
+    `rewritten` holds the blocks in lower precisions, by `str(BlockRef)`.
+    """
+
+    context: Context
+    cuts: CutZoo
+    shapes: Shapes
+    rewritten: dict[str, bytes] = field(default_factory=dict)
+    _slicers: dict[str, Slicer] = field(default_factory=dict)
+
+    def donor(self, name: str) -> bytes:
+        """The intact network."""
+        return self._span(name, 0, len(self.cuts.donors[name].units))
+
+    def block(self, block: BlockRef) -> bytes:
+        """One block in its precision."""
+        if block.plain is not block:
+            return self.rewritten[str(block)]
+        return self._span(block.donor, block.first, block.last)
+
+    def stitch(self, key: str) -> bytes:
+        """A stitch of one shape, its weights random."""
+        return self._stitches.slice((f"in {key}",), (f"out {key}",))
+
+    def assembly(self, assembly: Assembly) -> bytes:
+        """A whole network of float32 blocks, its stitches random."""
+        parts, before = list[bytes](), None
+        for block in assembly.blocks:
+            if before is not None and (before.donor != block.donor or before.last != block.first):
+                source = self.cuts.donors[before.donor].cuts[before.last].type
+                parts.append(self.stitch(stitching.key(source, self.cuts.donors[block.donor].cuts[block.first].type)))
+            parts.append(self.block(block))
+            before = block
+        return exporting.join(parts)
+
+    def rewrite(self, block: BlockRef, samples: list[Array]) -> None:
+        """Add `block` of a lower precision, calibrated on `samples`; raises what the engine's rewrite does."""
+        model = self.context.engine.rewrite(self.block(block.plain), block.precision, samples)
+        self.rewritten[str(block)] = model
+
+    def _span(self, donor: str, first: int, last: int) -> bytes:
+        if donor not in self._slicers:
+            self._slicers[donor] = Slicer(deployed.donor_model(self.context, donor))
+        return self._slicers[donor].slice((f"cut_{first}",), (f"cut_{last}",))
+
+    @cached_property
+    def _stitches(self) -> Slicer:
+        batch, code = self.context.target.batch, code_version(exporting.__name__)
+        key = digest(["stitches", sorted(self.shapes), batch, code], exporting.versions())
+        model = self.context.store.get_bytes(key)
+        if model is None:
+            parts = exporting.Parallel(stitching.build(*self.shapes[name]) for name in sorted(self.shapes))
+            examples = tuple(deployed.example(self.shapes[name][0], batch) for name in sorted(self.shapes))
+            names = [f"in {name}" for name in sorted(self.shapes)], [f"out {name}" for name in sorted(self.shapes)]
+            model = exporting.export(parts, examples, names[1], input_names=names[0])
+            self.context.store.put_bytes(key, model, note="onnx stitches")
+        return Slicer(model)
