@@ -11,6 +11,8 @@ import argparse
 import json
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,9 @@ from derc.tables import TableFile, read
 Fitted = Callable[[str], Calibration]
 
 
-def judged(table: TableFile, fitted: Fitted) -> dict[str, float]:
-    """Errors over what the table measured, each predicted by `fitted(its network)`."""
-    known = samples([table])
-    entries = [e for e in table.entries if e.work is not None and e.provenance == "measured"]
+def judged(table: TableFile, fitted: Fitted, stitches: bool) -> dict[str, float]:
+    """Errors over the donors and blocks, or the stitches, each predicted by `fitted(its network)`."""
+    known = samples([table], stitches=stitches)
     calibrations = {name: fitted(name) for name in {one.network for one in known}}
     ratios, held = [], []
     for one in known:
@@ -34,7 +35,6 @@ def judged(table: TableFile, fitted: Fitted) -> dict[str, float]:
         ratios.append(latency.ms / one.ms - 1)
         held.append(latency.low_ms <= one.ms <= latency.high_ms)
     errors = np.abs(ratios)
-    whole = errors[[entry.kind == "donor" for entry in entries]]
     return {
         "entries": len(errors),
         "networks": len(calibrations),
@@ -42,9 +42,6 @@ def judged(table: TableFile, fitted: Fitted) -> dict[str, float]:
         "q75_abs_error": float(np.quantile(errors, 0.75)),
         "q90_abs_error": float(np.quantile(errors, 0.9)),
         "max_abs_error": float(errors.max()),
-        "block_median_abs_error": float(np.median(errors[[entry.kind == "block" for entry in entries]])),
-        "whole_median_abs_error": float(np.median(whole)),
-        "whole_max_abs_error": float(whole.max()),
         "within_interval": float(np.mean(held)),
     }
 
@@ -55,21 +52,23 @@ def without(known: Sequence[Sample]) -> Fitted:
 
 
 def rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """One row a table and protocol."""
+    """One row a table, kind of part and protocol."""
     tables = {path.stem: read(path) for path in paths}
     found = []
-    for name, table in tables.items():
-        others = samples([other for key, other in tables.items() if key != name])
-        everything = samples(tables.values())
+    for name, stitches in product(tables, (False, True)):
+        own = samples([tables[name]], stitches=stitches)
+        others = samples([other for key, other in tables.items() if key != name], stitches=stitches)
         protocols: dict[str, Fitted] = {
-            "other networks of the table": without(samples([table])),
-            "other networks of all tables": without(everything),
-            "other tables": lambda _, others=others: fit(others),  # type: ignore[misc]
+            "other networks of the table": without(own),
+            "other networks of all tables": without([*own, *others]),
+            "other tables": partial(lambda known, _: fit(known), others),
             "nothing": lambda _: Calibration(),
         }
         for protocol, fitted in protocols.items():
             if others or "tables" not in protocol:
-                found.append({"table": name, "calibrated_by": protocol, **judged(table, fitted)})
+                part = "stitches" if stitches else "donors and blocks"
+                row = {"table": name, "part": part, "calibrated_by": protocol}
+                found.append(row | judged(tables[name], fitted, stitches))
     return found
 
 
@@ -81,10 +80,9 @@ def main() -> None:
     found = rows(args.tables)
     for row in found:
         errors = ", ".join(f"{row[name]:.1%}" for name in ("median_abs_error", "q75_abs_error", "q90_abs_error"))
-        parts = f"blocks {row['block_median_abs_error']:.1%}, whole networks {row['whole_median_abs_error']:.1%}"
         print(
-            f"{row['table']:<10} by {row['calibrated_by']:<29} {row['entries']} entries: {errors} (50, 75, 90%); "
-            f"{parts}, at most {row['whole_max_abs_error']:.1%}; in interval {row['within_interval']:.0%}"
+            f"{row['table']:<10} {row['part']:<17} by {row['calibrated_by']:<29} {row['entries']:>3} entries: {errors} "
+            f"(50, 75, 90%), at most {row['max_abs_error']:.1%}; in interval {row['within_interval']:.0%}"
         )
     if args.json:
         args.json.write_text(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -148,12 +147,11 @@ def show_profile(settings: CompileSettings, console: Console, output: Path | Non
     timings = Timings()
     analysis = analyse(context, settings, timings)
     table = measure(context, analysis, settings, timings)
-    samples: Mapping[str, Any] = getattr(table, "samples", {})
     if output is not None:
         from derc.tabling import table_file
 
         file = table_file(context, analysis.cuts, analysis.partition, table, settings.profile_s)
-        write(file, output, samples)
+        write(file, output, table.samples)
     shown = {f.name: getattr(table, f.name) for f in fields(table) if f.name != "samples"}
     plain = {name: json.loads(encode(value)[0]) for name, value in shown.items()}
     return plain, _table_text(table)

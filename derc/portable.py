@@ -35,8 +35,7 @@ def describe(
 
     `created` is a time in ISO 8601. Predicted stitches stay predicted.
     """
-    samples: Mapping[str, Any] = getattr(table, "samples", {})
-    donors = {name: {"digest": digests[name], "cuts": [cut.name for cut in cuts[name].cuts]} for name in table.donors}
+    donors = {name: {"digest": digests[name], "cuts": [cut.name for cut in cuts[name].cuts]} for name in digests}
     body: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": KIND,
@@ -64,13 +63,14 @@ def describe(
             name,
             entry_key(kind, name, records, target.batch, exporter),
             latency,
-            samples.get(name),
+            table.samples.get(f"{kind} {name}"),
             works.get(name),
         )
         for kind, latencies in parts
         for name, latency in latencies.items()
     ]
-    return parse(json.dumps(seal(body)), "the table")
+    draft = TableFile.model_validate_json(json.dumps({**body, "seal": ""}))
+    return parse(json.dumps(seal(draft.model_dump(mode="json", by_alias=True))), "the table")
 
 
 def _entry(kind: str, name: str, key: str, latency: Latency, seconds: Any, work: Work | None) -> dict[str, Any]:

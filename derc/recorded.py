@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from derc.artifacts import BlockRef, CutDonor, Evaluated, Latency, LatencyTable, decode
@@ -13,6 +13,8 @@ from derc.roofline import Calibration, Sample, calibrate, predictions
 from derc.tables import DonorRecord, Entry, TableFile, entry_key, exporter_versions, span
 from derc.target import Target
 from derc.workload import Work
+
+KINDS = ("donor", "block", "stitch")
 
 
 @dataclass(frozen=True)
@@ -105,18 +107,19 @@ def foresee(target: Target, wanted: Wanted, works: Mapping[str, Work], tables: S
     """
     found = look_up(tables, target, wanted)
     more = _more(found, wanted)
-    failed = {("block", name) for name in more.get("failed", ())}
+    failed = {(kind, name) for kind in KINDS for name in more.get("failed", ())}
     found = replace(found, missing={key: why for key, why in found.missing.items() if key not in failed})
     lacking = [name for _, name in found.missing if name not in works]
     if lacking:
         raise DercError(f"the work of {', '.join(lacking)} is not known, so its latency cannot be predicted")
-    calibration = calibrate(target, samples(tables))
+    calibration, stitching = calibrations(target, tables)
     precisions = {name: span(name)[3] for name in wanted.blocks}
-    missing = {name: works[name] for _, name in found.missing}
-    predicted = predictions(calibration, target, missing, precisions)
+    plain = {name: works[name] for kind, name in found.missing if kind != "stitch"}
+    predicted = predictions(calibration, target, plain, precisions)
+    predicted |= predictions(stitching, target, {name: works[name] for k, name in found.missing if k == "stitch"})
     every = {(kind, name): predicted[name] for kind, name in found.missing} | dict(found.latencies)
     order = [key for key in wanted.entry_keys() if key not in failed]
-    parts = {kind: {name: every[k, name] for k, name in order if k == kind} for kind in ("donor", "block", "stitch")}
+    parts = {kind: {name: every[k, name] for k, name in order if k == kind} for kind in KINDS}
     engine = found.tables[0].engine if found.tables else {"engine": target.engine.partition(":")[0]}
     table = LatencyTable(
         target.name, dict(engine), parts["donor"], parts["block"], parts["stitch"], found.noise, **more
@@ -124,15 +127,22 @@ def foresee(target: Target, wanted: Wanted, works: Mapping[str, Work], tables: S
     return Foreseen(table, _notes(found, calibration), calibration)
 
 
-def samples(tables: Iterable[TableFile]) -> list[Sample]:
-    """What the tables measured, for a calibration; all stitches of a table count as one network."""
+def calibrations(target: Target, tables: Sequence[TableFile]) -> tuple[Calibration, Calibration]:
+    """That of donors and blocks, and that of stitches, which is the same where none was measured."""
+    plain = calibrate(target, samples(tables))
+    measured = samples(tables, stitches=True)
+    return plain, calibrate(target, measured) if measured else plain
+
+
+def samples(tables: Iterable[TableFile], *, stitches: bool = False) -> list[Sample]:
+    """What the tables measured of donors and blocks, or of stitches, each of which counts as a network."""
     found = []
     for table in tables:
         for entry in table.entries:
-            if entry.work is None or entry.provenance != "measured":
+            if entry.work is None or entry.provenance != "measured" or (entry.kind == "stitch") != stitches:
                 continue
-            network, precision, threads = table.seal, "fp32", max(table.threads, 1)
-            if entry.kind != "stitch":
+            network, precision, threads = entry.key, "fp32", max(table.threads, 1)
+            if not stitches:
                 donor, _, _, precision = span(entry.name) if entry.kind == "block" else (entry.name, 0, 0, "fp32")
                 network = table.donors[donor].digest
             found.append(
@@ -166,26 +176,26 @@ def _why(kind: str, name: str, tables: Sequence[TableFile]) -> str:
 
 def _more(found: Recorded, wanted: Wanted) -> dict[str, Any]:
     """The other fields of a LatencyTable, as far as the tables used know them of what is wanted."""
-    known = {f.name for f in fields(LatencyTable)}
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"networks": (), "errors": {}, "failed": {}, "distortion": {}}
     for table in reversed(found.tables):
-        for name, value in table.more.items():
-            if name == "assembled" and name in known:
-                more[name] = more.get(name, ()) + _assembled(value, found, wanted)
-            elif name in known and isinstance(value, dict):
-                more[name] = more.get(name, {}) | {
-                    key: v for key, v in value.items() if ("block", key) in found.latencies
-                }
+        networks = _networks(table.more.get("networks", []), found, wanted)
+        names = {str(network.assembly) for network in networks}
+        more["networks"] += networks
+        more["errors"] |= {name: value for name, value in table.more.get("errors", {}).items() if name in names}
+        for field in ("failed", "distortion"):
+            more[field] |= {k: v for k, v in table.more.get(field, {}).items() if _ours(k, table, wanted)}
     return more
 
 
 def _ours(name: str, table: TableFile, wanted: Wanted) -> bool:
-    """Whether a name in a table's other fields is that of a wanted block of the same donor."""
-    donor = table.donors.get(span(name)[0]) if name in wanted.blocks else None
-    return donor is not None and donor.digest == wanted.digests[span(name)[0]]
+    """Whether a name in a table's other fields is that of something wanted, of the same donor."""
+    if name in wanted.stitches:
+        return True
+    donor = name if name in wanted.digests else span(name)[0] if name in wanted.blocks else ""
+    return donor in table.donors and table.donors[donor].digest == wanted.digests[donor]
 
 
-def _assembled(value: Any, found: Recorded, wanted: Wanted) -> tuple[Evaluated, ...]:
+def _networks(value: Any, found: Recorded, wanted: Wanted) -> tuple[Evaluated, ...]:
     """Networks measured whole whose blocks are all wanted and recorded, with the blocks of this partition."""
     kept = []
     for one in decode(tuple[Evaluated, ...], json.dumps(value), {}):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from derc.errors import UsageError, suggest
-from derc.tables import TableFile, read, replace_file, samples_path, text
+from derc.tables import TableFile, read, replace_file, samples_path
 
 FOLDER = "tables"
 LETTERS = 12
@@ -45,7 +45,7 @@ class Shelf:
         name = table.seal[:LETTERS]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path(name), text(table))
+            replace_file(self.path(name), path.read_text(encoding="utf-8"))
             if samples_path(path).is_file():
                 shutil.copyfile(samples_path(path), samples_path(self.path(name)))
         except OSError as error:
@@ -78,9 +78,9 @@ class Shelf:
 
     def export(self, name: str, path: Path) -> str:
         """Write the table that `find` finds, and its samples, to `path`; returns its name."""
-        found, table = self.find(name)
+        found, _ = self.find(name)
         try:
-            replace_file(path, text(table))
+            replace_file(path, self.path(found).read_text(encoding="utf-8"))
             if samples_path(self.path(found)).is_file():
                 shutil.copyfile(samples_path(self.path(found)), samples_path(path))
         except OSError as error:

@@ -33,13 +33,16 @@ def table_file(
     *,
     now: datetime | None = None,
 ) -> TableFile:
-    """`table`, measured on the context's target, as a file; `limit_s` is what the measurement was allowed (None: as long as it took, written as 0)."""
+    """`table`, measured on the context's target, as a file.
+
+    `limit_s` is what the measurement was allowed; None, as long as it took, is written as 0.
+    """
     profile, measure = Profile(limit_s=limit_s), MeasureOptions()
     gpu = context.target.device is not None and context.target.device.kind == "gpu"
     return portable.describe(
         table,
         context.target,
-        digests={name: context.zoo[name].digest() for name in table.donors},
+        digests={name: context.zoo[name].digest() for name in partition.blocks},
         cuts=cuts.donors,
         works=works(context, cuts, table.blocks, stitch_shapes(cuts, partition)),
         machine=describe_machine(gpu=gpu),
