@@ -8,6 +8,7 @@ from functools import cached_property
 
 from derc import deployed, exporting, stitching
 from derc.artifacts import Array, Assembly, BlockRef, CutZoo, digest
+from derc.assembled import seeded
 from derc.exporting import Slicer
 from derc.ir import TensorType
 from derc.pipeline import Context, code_version
@@ -69,7 +70,8 @@ class Slices:
         key = digest(["stitches", sorted(self.shapes), batch, code], exporting.versions())
         model = self.context.store.get_bytes(key)
         if model is None:
-            parts = exporting.Parallel(stitching.build(*self.shapes[name]) for name in sorted(self.shapes))
+            with seeded(self.context.seed):
+                parts = exporting.Parallel(stitching.build(*self.shapes[name]) for name in sorted(self.shapes))
             examples = tuple(deployed.example(self.shapes[name][0], batch) for name in sorted(self.shapes))
             names = [f"in {name}" for name in sorted(self.shapes)], [f"out {name}" for name in sorted(self.shapes)]
             model = exporting.export(parts, examples, names[1], input_names=names[0])

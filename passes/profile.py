@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +28,7 @@ from derc.errors import BuildError, DercError, MissingDependencyError, UnstableE
 from derc.measure import Measurement, MeasureOptions, measure
 from derc.pipeline import Context
 from derc.prediction import predict, wholes
+from derc.reuse import Timed, key_of, links, scaled, slowdown
 from derc.sampling import sample, stitches
 from derc.slices import Slices
 from derc.stitch_latency import predict as predict_stitches
@@ -40,6 +41,26 @@ NOISY = 0.25
 
 Variants = dict[BlockRef, list[Array]]
 """Blocks in lower precisions, with what flows into each."""
+Part = Callable[[], bytes]
+"""Makes the ONNX model of something that is measured."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Sessions, latencies known from before, and the keys under which latencies are kept, by kind and name."""
+
+    sessions: dict[str, Session]
+    known: dict[str, Timed]
+    keys: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is known of every part, with the measurement behind it."""
+
+    timed: dict[str, Timed]
+    measurement: Measurement
+    distortion: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -83,33 +104,57 @@ class Profile:
         slices, failed = Slices(context, cut_zoo, chosen), dict[str, str]()
         variants = _rewrite(context, partition, slices, failed)
         parts = _models(slices, partition, variants, networks)
-        with ExitStack() as stack:
-            sessions = _open(context, stack, parts, failed)
-            distortion = _distortions(variants, sessions)
-            measured = self._measure(context, sessions, f"donor {_median_donor(cut_zoo)}")
-        known = {name: timing.latency() for name, timing in measured.timings.items()}
+        found = self._timed(context, parts, variants, failed, f"donor {_median_donor(cut_zoo)}")
+        known = {name: timed.latency for name, timed in found.timed.items()}
         table = LatencyTable(
             target=context.target.name,
             engine=context.engine.describe(),
             donors=_of("donor", known),
             blocks=_of("block", known),
             stitches=predict_stitches(shapes, _of("stitch", known)),
-            noise=measured.noise,
-            distortion=distortion,
+            noise=found.measurement.noise,
+            distortion=found.distortion,
             failed=failed,
             networks=tuple(Evaluated(a, None, known[f"network {a}"]) for a in networks if f"network {a}" in known),
-            samples={name: np.array(timing.samples) for name, timing in measured.timings.items()},
-            timed_s=measured.timed_s,
-            measured_s=measured.wall_s,
+            samples={name: timed.samples for name, timed in found.timed.items()},
+            timed_s=found.measurement.timed_s,
+            measured_s=found.measurement.wall_s,
         )
         return replace(table, errors=_errors(table, cut_zoo, partition))
 
+    def _timed(
+        self, context: Context, parts: Mapping[str, Part], variants: Variants, failed: dict[str, str], anchor: str
+    ) -> _Found:
+        """Latencies of all parts: those known of this device, where it still is as it was, and new ones."""
+        with ExitStack() as stack:
+            compared = {f"block {block}" for variant in variants for block in (variant, variant.plain)}
+            opened = _open(context, stack, parts, failed, self.options(context.seed), compared)
+            distortion = _distortions(variants, opened.sessions)
+            measured = self._measure(context, opened.sessions, anchor)
+            fresh = [name for name in opened.sessions if name not in opened.known]
+            factor = slowdown(opened.known, measured.timings)
+            if factor is None:
+                context.console.say(
+                    "profile: the machine is not as it was when parts were measured: measuring all anew"
+                )
+                sessions = _open(context, stack, parts, failed, None).sessions
+                measured, fresh, factor = self._measure(context, sessions, anchor), list(sessions), 1.0
+            timed = scaled(fresh, measured.timings, factor)
+        for name in [name for name, one in timed.items() if one.latency.stable and opened.keys[name]]:
+            context.store.put(opened.keys[name], timed[name], note=f"latency of {name}")
+        return _Found(
+            {name: (opened.known | timed)[name] for name in parts if name in opened.known | timed}, measured, distortion
+        )
+
+    def options(self, seed: int) -> MeasureOptions:
+        """How everything is measured."""
+        return MeasureOptions(limit_s=self.limit_s, precision=self.precision, level=True, seed=seed)
+
     def _measure(self, context: Context, sessions: Mapping[str, Session], anchor: str) -> Measurement:
         """Raises UnstableError where not even the anchor's latency is known to 25%."""
-        options = MeasureOptions(limit_s=self.limit_s, precision=self.precision, level=True, seed=context.seed)
         calls = {name: session.time for name, session in sessions.items()}
         anchor = anchor if anchor in calls else next(iter(calls))
-        measured = measure(calls, options, anchor=anchor, track=context.console.track)
+        measured = measure(calls, self.options(context.seed), anchor=anchor, track=context.console.track)
         unstable = sum(not timing.stable for timing in measured.timings.values())
         if unstable:
             context.console.say(
@@ -142,7 +187,7 @@ def _rewrite(context: Context, partition: Partition, slices: Slices, failed: dic
 
 def _models(
     slices: Slices, partition: Partition, variants: Variants, networks: tuple[Assembly, ...]
-) -> dict[str, Callable[[], bytes]]:
+) -> dict[str, Part]:
     """What is measured, by kind and name, each made when it is called for."""
     blocks = [block for chain in partition.blocks.values() for block in chain]
     return {
@@ -158,25 +203,45 @@ def _of(kind: str, known: Mapping[str, Latency]) -> dict[str, Latency]:
 
 
 def _open(
-    context: Context, stack: ExitStack, models: Mapping[str, Callable[[], bytes]], failed: dict[str, str]
-) -> dict[str, Session]:
-    """A session for each model, built in a child; why a build failed goes to `failed`, by the part's own name.
+    context: Context,
+    stack: ExitStack,
+    parts: Mapping[str, Part],
+    failed: dict[str, str],
+    options: MeasureOptions | None,
+    compared: Set[str] = frozenset(),
+) -> _Opened:
+    """A session, built in a child, for each part whose latency is not known, and for some that are, as links.
 
-    Raises BuildError where no donor is left.
+    Nothing counts as known without `options`, those of the measurement, nor what is `compared`. Why a build failed goes
+    to `failed`, by the part's own name. Raises BuildError where no donor is left.
     """
-    sessions: dict[str, Session] = {}
-    for name in context.console.track(models, "build", len(models)):
-        try:
-            sessions[name] = context.builder.session(models[name](), name)
-            stack.callback(sessions[name].close)
-        except MissingDependencyError:
-            raise
-        except DercError as error:
-            failed[name.partition(" ")[2]] = str(error)
-            context.console.say(f"{name} is left out: {error}")
-    if not any(name.startswith("donor ") for name in sessions):
+    opened = _Opened({}, {}, {})
+    for name in context.console.track(parts, "build", len(parts)):
+        model = parts[name]()
+        opened.keys[name] = key_of(context, model, options) if options and name not in compared else ""
+        timed = context.store.get(opened.keys[name], Timed) if opened.keys[name] else None
+        if timed is None:
+            _build(context, stack, name, model, opened, failed)
+        else:
+            opened.known[name] = timed
+    for name in links(opened.known):
+        _build(context, stack, name, parts[name](), opened, failed)
+    if not any(name.startswith("donor ") for name in {**opened.sessions, **opened.known}):
         raise BuildError(f"no donor could be built: {next(iter(failed.values()))}")
-    return sessions
+    return opened
+
+
+def _build(
+    context: Context, stack: ExitStack, name: str, model: bytes, opened: _Opened, failed: dict[str, str]
+) -> None:
+    try:
+        opened.sessions[name] = context.builder.session(model, name)
+        stack.callback(opened.sessions[name].close)
+    except MissingDependencyError:
+        raise
+    except DercError as error:
+        failed[name.partition(" ")[2]] = str(error)
+        context.console.say(f"{name} is left out: {error}")
 
 
 @torch.no_grad()

@@ -115,7 +115,8 @@ def test_donors_are_exported_once(world, table, monkeypatch):
     context, cuts, partition = world
     monkeypatch.setattr("derc.exporting.export", pytest.fail)
     Profile(max_stitches=4, networks=4, limit_s=3.0).run(context, cuts, partition)
-    assert {entry.note for entry in context.store.entries()} == {"onnx resnet", "onnx vit", "onnx stitches"}
+    exports = {entry.note for entry in context.store.entries() if entry.note.startswith("onnx")}
+    assert exports == {"onnx resnet", "onnx vit", "onnx stitches"}
 
 
 def test_inputs_know_donors_device_and_batch(world):

@@ -1,0 +1,58 @@
+"""Latencies measured before on this very device: kept by what was measured, and brought to one scale with new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+
+from derc.artifacts import Array, Latency, digest
+from derc.measure import MeasureOptions, Timing, measure
+from derc.pipeline import Context, code_version
+
+LINKS = 5
+"""Known parts that are measured again beside the new ones."""
+APART = 1.1
+"""Ratio of the links' slowdowns from which on the machine is another than before, and nothing old counts."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One part's latency and its raw `samples` in seconds, in order of time."""
+
+    latency: Latency
+    samples: Array
+
+
+def key_of(context: Context, model: bytes, options: MeasureOptions) -> str:
+    """Where the latency of an ONNX model is kept: all its bytes, weights too, the runtime and the device decide."""
+    how = replace(options, limit_s=None, seed=0)
+    return digest(model, context.engine.describe(), how, code_version(measure.__module__))
+
+
+def links(known: Mapping[str, Timed], count: int = LINKS) -> tuple[str, ...]:
+    """Up to `count` names of known parts, evenly spread over their latencies from the slowest down."""
+    order = sorted(known, key=lambda name: (-known[name].latency.ms, name))
+    if len(order) <= count:
+        return tuple(order)
+    return tuple(order[round(i * (len(order) - 1) / (count - 1))] for i in range(count))
+
+
+def slowdown(known: Mapping[str, Timed], timings: Mapping[str, Timing]) -> float | None:
+    """How many times slower the machine now is than when the links were measured; None where they do not agree."""
+    shared = [timings[name].median * 1e3 / known[name].latency.ms for name in known.keys() & timings.keys()]
+    if not shared:
+        return 1.0
+    return median(shared) if max(shared) <= APART * min(shared) else None
+
+
+def scaled(names: Iterable[str], timings: Mapping[str, Timing], factor: float) -> dict[str, Timed]:
+    """The timings of `names`, as they would have been when the machine was `factor` times faster."""
+    found = {}
+    for name in names:
+        now = timings[name].latency()
+        latency = replace(now, ms=now.ms / factor, low_ms=now.low_ms / factor, high_ms=now.high_ms / factor)
+        found[name] = Timed(latency, np.array(timings[name].samples))
+    return found
