@@ -21,7 +21,12 @@ PASSES = {
     "emit": "derc.passes.emit:Emit",
     "package": "derc.passes.package:Package",
 }
-ENGINES = {"onnxruntime": "derc.backends.onnxruntime:OnnxRuntime"}
+ENGINES = {
+    "onnxruntime": "derc.backends.onnxruntime:OnnxRuntime",
+    "openvino": "derc.backends.openvino:OpenVino",
+    "inductor": "derc.backends.inductor:Inductor",
+    "tensorrt": "derc.backends.tensorrt:TensorRt",
+}
 SOLVERS = {"highs": "derc.backends.highs:Highs", "gurobi": "derc.backends.gurobi:Gurobi"}
 EXTRAS = {"onnxruntime": "cpu", "gurobipy": "gurobi", "tensorrt": "gpu", "openvino": "openvino", "pynvml": "gpu"}
 

@@ -1,4 +1,4 @@
-"""From an ONNX model that derc exported itself to a torch module for its own, fixed shapes: what a torch engine compiles."""
+"""From a model that derc exported itself to a torch module for its own, fixed shapes, which an engine compiles."""
 
 from __future__ import annotations
 
