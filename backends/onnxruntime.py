@@ -28,7 +28,8 @@ from derc.threads import cores, resolve
 
 T = TypeVar("T")
 WARM_UP = 3
-"""Runs before the first timing: CUDA graphs are captured in the first ones."""
+"""Runs when a session is made: CUDA graphs are captured in the first ones, and threads on the CPU, which spin from the
+beginning, sleep once a run has ended."""
 
 FAULTS = (
     state.EPFail,
@@ -58,7 +59,7 @@ class OnnxSession:
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input(source.name, self._buffers[0])
         self._binding.bind_ortvalue_output(sink.name, self._buffers[1])
-        for _ in range(WARM_UP if self._resident else 0):
+        for _ in range(WARM_UP if self._resident else 1):
             _guard("running the model", self._run)
 
     @property
@@ -75,7 +76,7 @@ class OnnxSession:
 
     def run(self, images: Array) -> Array:
         """Output for float32 `images` of exactly the shape that the engine was built for."""
-        if images.shape != self._input.shape:
+        if self._open and images.shape != self._input.shape:
             raise UsageError(f"the engine takes inputs of shape {self._input.shape}, not {images.shape}")
         self._buffers[0].update_inplace(np.ascontiguousarray(images, np.float32))
         _guard("running the model", self._run)

@@ -79,32 +79,38 @@ class PlanSession:
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise DercError("TensorRT failed in running the plan: build the engine anew on this machine")
 
-    def _replay(self) -> None:
+    @property
+    def _open(self) -> torch.cuda.CUDAGraph:
         if self._graph is None:
             raise DercError("this session is closed")
+        return self._graph
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
         with torch.cuda.stream(self._stream):
-            self._graph.replay()
+            graph.replay()
         self._stream.synchronize()
 
     def run(self, images: Array) -> Array:
         """Output for float32 `images` of exactly the shape that the engine was built for, copied in and out."""
+        graph = self._open
         if images.shape != self._shape:
             raise UsageError(f"the engine takes inputs of shape {self._shape}, not {images.shape}")
         self._input.copy_(torch.from_numpy(np.ascontiguousarray(images, np.float32)))
         torch.cuda.current_stream().synchronize()
-        self._replay()
+        self._replay(graph)
         found: Array = self._output.cpu().numpy()
         return found
 
     def time(self) -> float:
         """Seconds of one run on the resident input, until the GPU is done, without copies from or to the host."""
+        graph = self._open
         start = time.perf_counter()
-        self._replay()
+        self._replay(graph)
         return time.perf_counter() - start
 
     def placement(self) -> dict[str, int]:
         """All layers of the plan: TensorRT has no other place for them."""
-        return {"TensorRT": self._layers}
+        return {"TensorRT": self._layers if self._open else 0}
 
     def close(self) -> None:
         """Release the graph, the context and the buffers."""

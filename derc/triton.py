@@ -74,8 +74,8 @@ KINDS = {
     "inductor:cuda": Kind("pytorch", "model.pt2", gpu=True, platform="torch_aoti", names=AOTI),
     "tensorrt": Kind("tensorrt", "model.plan", gpu=True),
 }
-"""By engine and variant. ONNX Runtime's own engine file is bound to its version and processor, and Triton brings another
-version: it gets the portable model, which it optimises when it loads it."""
+"""By engine and variant. ONNX Runtime's own engine file is bound to its version and processor, and Triton brings
+another version: it gets the portable model, which it optimises when it loads it."""
 
 
 def model_repository(
