@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import psutil
 
-from derc import errors
+from derc import enginelock, errors
 from derc.buildworker import end_tree, tree
 from derc.engine import Engine, Session
 from derc.errors import BuildError, DercError
@@ -57,13 +57,16 @@ class Builder:
         self._end = weakref.finalize(self, _close, self._all)
 
     def build(self, model: bytes, path: Path, name: str = "") -> None:
-        """Write the engine of ONNX `model` to `path` in one step; `name` is what errors call it.
+        """Write the engine of ONNX `model` to `path` in one step, its lock before it; `name` is what errors call it.
 
         Raises BuildError where the build crashes or takes too much time or memory, else what the engine raises.
         """
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             built = Path(folder, path.name)
             self._build(model, built, name or path.name)
+            lock = enginelock.place(built)
+            if lock.exists():
+                lock.replace(enginelock.place(path))
             built.replace(path)
 
     def session(self, model: bytes, name: str = "a model") -> Session:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 
+from derc import enginelock
 from derc.backends.onnxruntime import OnnxRuntime
 from derc.errors import PrecisionError
 
@@ -35,6 +36,8 @@ class Faulty(OnnxRuntime):
             path.write_bytes(b"half an engine")
             getattr(self, f"_{proto.producer_name}")(Path(proto.producer_version))
         super().build(model, path)
+        if proto.producer_name == "locked":
+            enginelock.place(path).write_text("a lock")
 
     def _crash(self, note: Path) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)

@@ -53,6 +53,12 @@ def test_a_build_in_the_child_is_the_direct_build(builder, model, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_the_lock_of_an_engine_comes_with_it(builder, model, tmp_path):
+    builder.build(asking(model, "locked"), tmp_path / "engine.onnx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["engine.lock.json", "engine.onnx"]
+    assert (tmp_path / "engine.lock.json").read_text() == "a lock"
+
+
 def test_a_session_runs_as_a_direct_one(builder, model):
     session, direct = builder.session(model), Faulty(threads=1).open(model)
     np.testing.assert_array_equal(session.run(X), direct.run(X))
