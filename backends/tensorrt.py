@@ -29,9 +29,6 @@ INSTALL = 'pip install "derc[gpu]"'
 WARM_UP = 3
 """Runs before a CUDA graph is captured: the first ones still allocate."""
 
-BOUND = ("device", "compute_capability", "tensorrt", "cuda")
-"""What must be the same where a plan is loaded; the driver is recorded alone, for newer ones run older plans."""
-
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -180,7 +177,7 @@ class TensorRt:
     def _lock(self, plan: bytes, model: bytes) -> enginelock.EngineLock:
         options = {name: str(value) for name, value in asdict(self.options).items()}
         formats = "+".join(precision.used(onnx.load_from_string(model)))
-        return enginelock.lock(plan, self.describe(), BOUND, formats, options)
+        return enginelock.lock(plan, self.describe(), formats, options)
 
     def _plan(self, model: bytes) -> bytes:
         trt = self._trt
@@ -221,7 +218,7 @@ class TensorRt:
     def _timings(self) -> Path:
         """Timings of layers on this device by this version, which make later builds quicker."""
         described = self.describe()
-        key = "-".join(described[name] for name in BOUND).replace(" ", "_").replace("/", "_")
+        key = "-".join(described[name] for name in enginelock.bound(described)).replace(" ", "_").replace("/", "_")
         return Store.default().root / "tensorrt" / f"{key}.timings"
 
     def _keep_timings(self, data: bytes) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +20,18 @@ from derc.errors import IntegrityError, MissingDependencyError
 
 SCHEMA = 1
 REBUILD = "build the engine anew on this machine with `derc build`"
+
+BOUND = {
+    "onnxruntime": ("onnxruntime", "provider", "device", "machine"),
+    "onnxruntime:cuda": ("onnxruntime", "provider", "device"),
+    "inductor": ("torch", "capability", "device", "machine"),
+    "inductor:cuda": ("torch", "cuda", "device", "compute_capability"),
+    "tensorrt": ("tensorrt", "cuda", "device", "compute_capability"),
+}
+"""What must agree where an engine is loaded, by engine and variant; any other engine's file runs everywhere.
+
+The driver is recorded alone, for newer drivers run older engines.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,11 +50,16 @@ class EngineLock:
     schema: int = SCHEMA
 
 
+def bound(described: Mapping[str, str]) -> tuple[str, ...]:
+    """What binds the file of the engine that is `described`: entries of its description, none where it is portable."""
+    return BOUND.get(":".join(filter(None, (described.get("engine"), described.get("variant")))), ())
+
+
 def lock(
-    engine: bytes, described: Mapping[str, str], bound: Iterable[str], precision: str, options: Mapping[str, str]
+    engine: bytes, described: Mapping[str, str], precision: str, options: Mapping[str, str] | None = None
 ) -> EngineLock:
     """The lock of the bytes `engine`, built by the engine that describes itself as `described`."""
-    return EngineLock(_sha256(engine), len(engine), dict(described), tuple(bound), precision, dict(options))
+    return EngineLock(_sha256(engine), len(engine), dict(described), bound(described), precision, dict(options or {}))
 
 
 def place(engine: Path) -> Path:

@@ -8,6 +8,7 @@ import pytest
 
 from derc import enginelock
 from derc.errors import IntegrityError, MissingDependencyError
+from derc.registry import open_engine
 
 HERE = {
     "engine": "tensorrt",
@@ -16,14 +17,13 @@ HERE = {
     "tensorrt": "11.4.0",
     "driver": "580",
 }
-BOUND = ("device", "compute_capability", "tensorrt")
 PLAN = bytes(range(256)) * 8
 
 
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "engine.plan"
-    made = enginelock.lock(PLAN, HERE, BOUND, "fp16", {"builder_optimization_level": "3"})
+    made = enginelock.lock(PLAN, HERE, "fp16", {"builder_optimization_level": "3"})
     enginelock.write(PLAN, path, made)
     return path
 
@@ -32,7 +32,12 @@ def test_what_was_written_is_read(path):
     assert enginelock.read(path, HERE) == PLAN
     assert sorted(file.name for file in path.parent.iterdir()) == ["engine.lock.json", "engine.plan"]
     made = enginelock.from_json(enginelock.place(path).read_bytes(), "lock")
-    assert made.precision == "fp16" and made.engine == HERE and made.bound == BOUND and made.size == len(PLAN)
+    assert (
+        made.precision == "fp16"
+        and made.engine == HERE
+        and made.bound == enginelock.BOUND["tensorrt"]
+        and made.size == len(PLAN)
+    )
     assert enginelock.to_json(made) == enginelock.place(path).read_bytes()
 
 
@@ -110,3 +115,18 @@ def test_a_lock_of_another_schema(path):
     enginelock.place(path).write_text(json.dumps(tree))
     with pytest.raises(IntegrityError, match="has lock schema 2, this derc reads 1"):
         enginelock.read(path, HERE)
+
+
+@pytest.mark.parametrize("spec", list(enginelock.BOUND))
+def test_what_binds_an_engine_is_in_its_description(spec):
+    try:
+        told = open_engine(spec).describe()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    assert enginelock.bound(told) == enginelock.BOUND[spec] and set(enginelock.BOUND[spec]) <= set(told)
+
+
+def test_a_portable_engine_is_bound_to_nothing():
+    made = enginelock.lock(b"x", {"engine": "openvino", "device": "this"}, "fp32")
+    assert made.bound == () and enginelock.check(b"x", made, {"device": "that"}, "engine.zip") is None
+    assert enginelock.bound({"engine": "onnxruntime", "variant": "openvino"}) == ()
