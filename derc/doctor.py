@@ -22,6 +22,7 @@ from derc.store import Store
 Severity = Literal["fault", "warning", "info"]
 REQUIRED = ("numpy", "networkx", "torch", "torchvision", "timm", "onnx", "onnxscript", "highspy", "safetensors")
 TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+TENSORRT_MAJOR = 11
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve", "bf16")
 GUROBI_FOLDERS = ("opt", "Library")
 LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/local/lib", "usr/local/tensorrt/lib")
@@ -150,14 +151,15 @@ def _gurobi(root: Path) -> Finding:
 
 
 def _tensorrt(root: Path) -> Finding:
-    bindings = next((f"{name} {version}" for name in TENSORRT if (version := _version(name)) is not None), None)
+    bindings = next((f"{name} {version}" for name in TENSORRT if (version := _version(name)) is not None), "")
     packaged = any(_version(f"{name}-libs") for name in TENSORRT)
     folders = [Path(part) for part in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if part]
     folders += [root / folder for folder in LIBRARY_FOLDERS]
     library = packaged or any(True for folder in folders for _ in folder.glob("libnvinfer.so*"))
     detail = f"{bindings or 'no bindings'}, {'libraries found' if library else 'no libraries'}"
-    remedy = 'pip install "derc[gpu]" for the TensorRT engine'
-    return Finding("tensorrt", bindings is not None and library, detail, remedy, "info")
+    right = bindings.rpartition(" ")[2].startswith(f"{TENSORRT_MAJOR}.")
+    remedy = f'pip install "derc[gpu]" for the TensorRT engine, which needs version {TENSORRT_MAJOR}'
+    return Finding("tensorrt", right and library, detail, remedy, "info")
 
 
 def _nvidia(root: Path) -> Finding:

@@ -104,10 +104,13 @@ def test_gurobi_licence_is_found(machine: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_tensorrt_needs_bindings_and_libraries(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, INSTALLED | {"tensorrt": "10.0"})
+    install(monkeypatch, INSTALLED | {"tensorrt": "11.4"})
     assert "no libraries" in named(diagnose(machine), "tensorrt").detail
-    write(machine / "usr/lib/x86_64-linux-gnu/libnvinfer.so.10", "")
+    write(machine / "usr/lib/x86_64-linux-gnu/libnvinfer.so.11", "")
     assert named(diagnose(machine), "tensorrt").ok
+    install(monkeypatch, INSTALLED | {"tensorrt": "10.13"})
+    finding = named(diagnose(machine), "tensorrt")
+    assert not finding.ok and "tensorrt 10.13" in finding.detail and "needs version 11" in finding.remedy
 
 
 class NvmlError(Exception):
