@@ -39,6 +39,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "solver": _solver(outcome.search),
         "donors": _donors(outcome),
         "candidates": [_candidate(one, outcome) for one in outcome.search.judged.values()],
+        "failed": {str(assembly): why for assembly, why in outcome.search.failed.items()},
         "partition": _partition(outcome),
         "similarity": _similarity(outcome),
         "parity": asdict(outcome.shipped.parity),

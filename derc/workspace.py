@@ -11,6 +11,7 @@ from derc.artifacts import digest
 from derc.console import Console
 from derc.data import Data
 from derc.donor import Donor
+from derc.engine import Engine
 from derc.errors import UsageError
 from derc.lowered import Lowered
 from derc.milp import choose
@@ -106,8 +107,24 @@ def open_context(settings: CompileSettings, console: Console) -> Context:
     target.require()
     solver = choose(settings.solver)
     engine = registry.open_engine(target.engine, target.threads)
+    precisions = lower_precisions(engine, settings.precisions)
     store = Store.default(say=console.say, on_damage=console.say)
     zoo = open_zoo(settings, store, console)
     data = open_data(settings, zoo, console)
     lowered = LiveDonors(zoo, NEGLIGIBLE)
-    return Context(zoo, data, target, store, engine, solver, lowered, console, settings.seed)
+    return Context(zoo, data, target, store, engine, solver, lowered, console, settings.seed, precisions)
+
+
+def lower_precisions(engine: Engine, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """float32, which stands for the engine's own precision, and what else of `asked` a block may be rewritten to.
+
+    Raises UsageError for a precision that the engine does not have.
+    """
+    own = engine.precisions[0]
+    lacking = [name for name in asked if name not in ("fp32", *engine.precisions)]
+    if lacking:
+        spec = ":".join(filter(None, (engine.name, engine.variant)))
+        raise UsageError(
+            f"--precision {','.join(lacking)}: the engine {spec} computes in {', '.join(engine.precisions)} here"
+        )
+    return ("fp32", *(name for name in asked if name not in ("fp32", own)))

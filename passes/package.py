@@ -33,10 +33,11 @@ class Allowed:
     agreement: float
 
 
-ALLOWED = {"fp16": Allowed(0.02, 0.95), "bf16": Allowed(0.1, 0.9), "int8": Allowed(0.5, 0.75)}
+ALLOWED = {"fp16": Allowed(0.02, 0.95), "bf16": Allowed(0.1, 0.9), "int8": Allowed(0.3, 0.85)}
 """By format. A value is rounded to 11 bits in fp16 and 8 in bf16 (by up to 0.0005 and 0.004 of itself, which grows with
-the depth), in int8 to steps of 1/255 of the widest range, which is coarse for most values. What that costs in accuracy
-is known from the score, which the engine itself was given; here a wrong kernel or a wrong range has to show."""
+the depth), in int8 to steps of 1/255 of the widest range, which is coarse for most values: the embedded donors all in
+int8 differ by 0.01 to 0.17 and answer 95% of the images alike or more. What that costs in accuracy is known from the
+score, which the engine itself was given; here a wrong kernel or a wrong range has to show."""
 UNREFERENCED = ("bf16",)
 """Formats that ONNX Runtime does not compute on a processor: module and engine are compared alone."""
 PAIRS = ("module_onnx", "onnx_engine", "module_engine")

@@ -1,4 +1,4 @@
-"""Engines for tests: ONNX Runtime with a fault that the model's producer name asks for."""
+"""Engines for tests: ONNX Runtime with faults that a model's producer name asks for, or with a precision of its own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx.inliner
+import onnx.version_converter
 
 from derc import enginelock
-from derc.backends.onnxruntime import OnnxRuntime
+from derc.backends.onnxruntime import OnnxRuntime, OnnxSession
 from derc.errors import PrecisionError
 
 
@@ -94,3 +98,44 @@ class Absent(OnnxRuntime):
         super().__init__(threads, variant)
         if "derc.buildworker" in sys.argv[0] or sys.argv[0].endswith("buildworker.py"):
             raise PrecisionError("no such device: plug one in")
+
+
+class Rounding(OnnxRuntime):
+    """Rounds weights to 8 bits, and keeps what it was given to calibrate by; `broken` weights are NaN instead."""
+
+    broken = False
+
+    def __init__(self, threads: int = 0, variant: str = "") -> None:
+        super().__init__(threads, variant)
+        self.seen: list[tuple[str, list[np.ndarray]]] = []
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return "fp32", "int8", "bf16"
+
+    def rewrite(self, model: bytes, precision: str, samples: Sequence[np.ndarray]) -> bytes:
+        """The real thing for a test: other weights, and for bf16 a newer operator set."""
+        self.seen.append((precision, list(samples)))
+        proto = onnx.load_from_string(model)
+        for weight in proto.graph.initializer:
+            if weight.data_type == onnx.TensorProto.FLOAT:
+                weight.CopyFrom(onnx.numpy_helper.from_array(self._rounded(weight), weight.name))
+        if precision == "bf16":
+            proto = onnx.version_converter.convert_version(onnx.inliner.inline_local_functions(proto), 22)
+        return proto.SerializeToString()
+
+    def _rounded(self, weight: onnx.TensorProto) -> np.ndarray:
+        values = onnx.numpy_helper.to_array(weight)
+        step = np.abs(values).max(initial=1e-9) / 127
+        return np.full_like(values, np.nan) if self.broken else (np.round(values / step) * step).astype(np.float32)
+
+
+class Wrong(Rounding):
+    """Builds right engines, and gives their answers the wrong sign."""
+
+    def load(self, path: Path) -> OnnxSession:
+        """A session that answers wrong."""
+        session = super().load(path)
+        right = session.run
+        session.run = lambda images: -right(images)
+        return session

@@ -23,6 +23,7 @@ class Block:
     chosen: bool = False
     params: int | None = None
     macs: int | None = None
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _row(blocks: list[Mapping[str, Any]], donors: list[str], chosen: set[tuple[A
             quantities.DASH if end is None else str(end) for end in (block.get("first"), block.get("last"))
         )
         title = (
-            f"{donor}[{units}], set {quantities.DASH if block.get('set') is None else block['set']}: "
+            f"{donor}[{units}]{_at(block)}, set {quantities.DASH if block.get('set') is None else block['set']}: "
             f"{quantities.count(block.get('macs'))} MACs, {quantities.percent(share)} of the row"
         )
         taken = (donor, block.get("first"), block.get("last")) in chosen
@@ -96,6 +97,11 @@ def _row(blocks: list[Mapping[str, Any]], donors: list[str], chosen: set[tuple[A
                 chosen=taken,
                 params=block.get("params"),
                 macs=block.get("macs"),
+                precision=block.get("precision") or "fp32",
             )
         )
     return row
+
+
+def _at(block: Mapping[str, Any]) -> str:
+    return f"@{block['precision']}" if block.get("precision", "fp32") != "fp32" else ""
