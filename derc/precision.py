@@ -16,6 +16,9 @@ from derc.engine import PRECISIONS
 from derc.errors import MissingDependencyError, PrecisionError, UsageError, suggest
 from derc.quantization import Int8
 
+UNSEEN = ("bf16",)
+"""Formats that ONNX Runtime does not compute in on a processor; their range is that of float32."""
+
 
 def rewrite(model: bytes, precision: str, samples: Sequence[Array], int8: Int8 = quantization.CPU) -> bytes:
     """The ONNX `model` (one float32 input and output, which stay so) computed in `precision`, one of `PRECISIONS`.
@@ -31,9 +34,10 @@ def rewrite(model: bytes, precision: str, samples: Sequence[Array], int8: Int8 =
         return model
     limit = halffloat.LIMITS.get(precision, float(np.finfo(np.float32).max))
     check_range(model, samples, limit, precision)
-    if precision == "int8":
-        return quantization.quantise(model, samples, int8)
-    return halffloat.rewrite(model, precision)
+    made = quantization.quantise(model, samples, int8) if precision == "int8" else halffloat.rewrite(model, precision)
+    if precision not in UNSEEN:
+        check_finite(made, samples, precision)
+    return made
 
 
 def check_range(model: bytes, samples: Sequence[Array], limit: float, precision: str) -> None:
@@ -49,6 +53,16 @@ def check_range(model: bytes, samples: Sequence[Array], limit: float, precision:
                     f"the value {name} reaches {largest:.4g} on the probe images, beyond the range of {precision} "
                     f"({limit:.4g}): keep this block fp32, or use bf16"
                 )
+
+
+def check_finite(model: bytes, samples: Sequence[Array], precision: str) -> None:
+    """Raise PrecisionError where an output of `model` is not finite: a small divisor may have been rounded to zero."""
+    session = _session(model)
+    for sample in samples:
+        if not np.isfinite(session.run(None, {session.get_inputs()[0].name: sample})[0]).all():
+            raise PrecisionError(
+                f"the output is NaN or infinite in {precision} and not in fp32: keep this block fp32, or use bf16"
+            )
 
 
 def ranges(model: bytes, sample: Array) -> dict[str, tuple[float, float]]:

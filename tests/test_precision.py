@@ -135,6 +135,18 @@ def test_nan_in_float32_is_told_apart(precision):
         rewrite(model, precision, [np.array([1, -1], np.float32)])
 
 
+def test_a_divisor_that_fp16_rounds_to_zero_is_found():
+    nodes = [
+        helper.make_node("Abs", ["x"], ["a"]),
+        helper.make_node("Add", ["a", "eps"], ["b"]),
+        helper.make_node("Div", ["x", "b"], ["y"]),
+    ]
+    model = model_of(nodes, {"eps": np.array([1e-8], np.float32)}, [2])
+    rewrite(model, "fp16", [np.array([1, 2], np.float32)])
+    with pytest.raises(PrecisionError, match="output is NaN or infinite in fp16 and not in fp32"):
+        rewrite(model, "fp16", [np.array([1, 0], np.float32)])
+
+
 def test_kept_operators_stay_in_float32():
     nodes = [helper.make_node("Mul", ["x", "w"], ["h"]), helper.make_node("Pow", ["h", "two"], ["y"])]
     model = model_of(nodes, {"w": np.array([3.0], np.float32), "two": np.array([2.0], np.float32)}, [2])
