@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import re
 import tempfile
@@ -158,7 +159,7 @@ class Inductor:
             "torch": torch.__version__,
             "compiler": self._compiler,
             "freezing": "yes",
-            "openmp": "libgomp" if torch.backends.openmp.is_available() else "none",
+            "waiting": os.environ.get("OMP_WAIT_POLICY", "default"),
             **(_gpu() if self._kind == "cuda" else {"device": cpu_name()}),
             "threads": str(self.threads),
             "capability": torch.backends.cpu.get_cpu_capability(),

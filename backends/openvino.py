@@ -134,6 +134,10 @@ class OpenVino:
             raise MissingDependencyError(
                 f"{self._device} does not compute in bfloat16: use openvino, or a processor with AVX512_BF16 or AMX"
             )
+        if self.threads > counting.cores() and self._most_threads() < self.threads:
+            raise MissingDependencyError(
+                f"openvino runs {self._most_threads()} threads on this machine and not {self.threads}: ask for no more"
+            )
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -222,6 +226,12 @@ class OpenVino:
     def open(self, model: bytes) -> OpenVinoSession:
         """Compile `model` in memory."""
         return OpenVinoSession(self._compile(self._read(model)))
+
+    def _most_threads(self) -> int:
+        """Threads that OpenVINO really takes where `threads` are asked for: it says nothing of taking fewer."""
+        x = openvino.opset13.parameter([1], np.float32)
+        tiny = openvino.Model([openvino.opset13.relu(x)], [x], "tiny")
+        return int(self._compile(tiny).get_property("INFERENCE_NUM_THREADS"))
 
     def _read(self, model: bytes) -> openvino.Model:
         return _guard("reading the model", lambda: self._core.read_model(model))

@@ -67,6 +67,13 @@ def test_bf16_is_refused_where_the_processor_lacks_it(monkeypatch):
     assert OpenVino().precisions == ("fp32", "int8")
 
 
+def test_more_threads_than_openvino_takes_are_refused(engine):
+    compiled = engine.open(exported())._compiled
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == engine.threads == 1
+    with pytest.raises(MissingDependencyError, match=r"openvino runs \d+ threads on this machine and not 9999"):
+        OpenVino(threads=9999)
+
+
 def test_equal_models_give_equal_files(engine, model, tmp_path):
     engine.build(model, tmp_path / "a.zip")
     engine.open(model)
