@@ -305,7 +305,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Shipped:
-    """A built engine (its file's bytes as uint8) with what was verified and measured of it.
+    """A built engine (its file's bytes as uint8, and its lock's text) with what was verified and measured of it.
 
     `anchor` is the latency of an intact donor measured in the same rounds, which tells how the machine fares now.
     `noise` is the relative difference of the A/A control, `placement` the number of nodes by execution provider.
@@ -317,6 +317,7 @@ class Shipped:
     anchor: Latency
     noise: float
     placement: dict[str, int]
+    lock: str = ""
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,6 @@ TEMPLATE = """\
 # Threads of the engine (0: the physical cores) and its batch size.
 # threads = 0
 # batch = 1
-# What each block may be computed in: fp32, and with fp16, bf16 or int8 besides whatever is best for it.
-# precision = "fp32,int8"
+# What each block may be computed in; with "fp32,int8" whichever is the best for it. Also fp16 and bf16.
+# precision = "fp32"
 """

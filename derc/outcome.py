@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from derc import enginelock
 from derc.artifacts import Assembly, BlockRef, CutDonor, Emitted, LoweredZoo, Shipped
 from derc.assembled import assemble, seeded
 from derc.config import CompileSettings
@@ -96,6 +97,7 @@ def _answering(outcome: Outcome) -> Iterator[Network]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"engine{context.engine.suffix}")
         path.write_bytes(outcome.shipped.engine.tobytes())
+        enginelock.place(path).write_text(outcome.shipped.lock, encoding="utf-8")
         session = context.engine.load(path)
         try:
             yield lambda split: run_logits(session, split, context.target.batch)

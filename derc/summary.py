@@ -78,14 +78,16 @@ def _files(outcome: Outcome) -> dict[str, bytes]:
 
 
 def network_files(emitted: Emitted, shipped: Shipped, suffix: str, plan: Graph) -> dict[str, bytes]:
-    """The network in all its forms: source, weights, ONNX, an engine whose name ends in `suffix`, and its plan."""
+    """The network in all its forms: source, weights, ONNX, an engine whose name ends in `suffix` and lock, plan."""
     plan.verify()
     weights = {name: torch.from_numpy(value.copy()) for name, value in emitted.weights.items()}
+    lock = {"engine.lock.json": shipped.lock.encode()} if shipped.lock else {}
     return {
         "model.py": emitted.source.encode(),
         "weights.safetensors": save(weights),
         "model.onnx": emitted.onnx.tobytes(),
         f"engine{suffix}": shipped.engine.tobytes(),
+        **lock,
         "plan.txt": print_graph(plan).encode(),
     }
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from derc import enginelock
 from derc.artifacts import Array, Emitted, Latency, Parity, Shipped, digest
 from derc.emitted import realise
 from derc.engine import PRECISIONS, Session
@@ -71,8 +72,9 @@ class Package:
                 placement = session.placement()
             finally:
                 session.close()
-            engine = np.frombuffer(built.read_bytes(), dtype=np.uint8)
-        return Shipped(engine, parity, latency, beside, noise, placement)
+            engine, lock = np.frombuffer(built.read_bytes(), dtype=np.uint8), enginelock.place(built)
+            text = lock.read_text(encoding="utf-8") if lock.exists() else ""
+        return Shipped(engine, parity, latency, beside, noise, placement, text)
 
     def _measure(self, context: Context, session: Session, anchor: bytes) -> tuple[Latency, Latency, float]:
         """Latencies of the network and of the anchor in the same rounds, and the A/A noise."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from derc.config import BUDGETS, KEYS, TEMPLATE, CompileSettings, resolve
 from derc.errors import UsageError
+from derc.workspace import lower_precisions
 
 
 def test_defaults(tmp_path):
@@ -104,7 +105,7 @@ def test_the_template_is_commented_whole_and_its_settings_are_the_defaults(tmp_p
     (tmp_path / "derc.toml").write_text(bare)
     settings = resolve({}, {}, tmp_path)
     assert set(tomllib.loads(bare)) == set(KEYS)
-    examples = {*BUDGETS, "checkpoint", "input_size"}
+    examples = {*BUDGETS, "checkpoint", "input_size", "profile_s"}
     defaults = CompileSettings()
     for key in set(KEYS) - examples:
         assert getattr(settings, key) == getattr(defaults, key), key
@@ -114,3 +115,42 @@ def test_importing_config_zoo_and_data_loads_neither_torch_nor_timm():
     code = "import sys, derc.config, derc.zoo, derc.data; print({'torch', 'timm', 'onnxruntime'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("given", "precisions"),
+    [
+        ("fp32", ("fp32",)),
+        ("INT8, fp32", ("fp32", "int8")),
+        ("int8,fp16", ("fp32", "fp16", "int8")),
+        (["bf16"], ("fp32", "bf16")),
+    ],
+)
+def test_precisions_in_every_form(given, precisions):
+    assert resolve({"precision": given}, {}, None).precisions == precisions
+
+
+def test_precisions_from_everywhere(tmp_path):
+    (tmp_path / "derc.toml").write_text('precision = "fp16"')
+    assert resolve({}, {}, tmp_path).precisions == ("fp32", "fp16")
+    assert resolve({}, {"DERC_PRECISION": "int8"}, tmp_path).precisions == ("fp32", "int8")
+    assert resolve({}, {}, None).precisions == ("fp32",)
+
+
+def test_an_unknown_precision_is_refused_by_name():
+    with pytest.raises(
+        UsageError, match=r"--precision: 'int9' is none of fp32, bf16, fp16, int8; did you mean 'int8'\?"
+    ):
+        resolve({"precision": "fp32,int9"}, {}, None)
+
+
+class Own:
+    """An engine's name and precisions."""
+
+    name, variant, precisions = "openvino", "bf16", ("bf16", "int8")
+
+
+def test_precisions_are_the_engines():
+    assert lower_precisions(Own(), ("fp32", "bf16", "int8")) == ("fp32", "int8")
+    with pytest.raises(UsageError, match="--precision fp16: the engine openvino:bf16 computes in bf16, int8 here"):
+        lower_precisions(Own(), ("fp32", "fp16", "int8"))

@@ -382,6 +382,17 @@ def test_parity_beyond_tolerance_is_said() -> None:
     assert plain_text(manifest).count("beyond tolerance") == 1
 
 
+def test_a_lower_precision_is_shown() -> None:
+    manifest = small()
+    manifest["selected"]["blocks"][0]["precision"] = "int8"
+    manifest["parity"] |= {"relative": True, "agreement": 0.98, "least_agreement": 0.85, "onnx_engine": None}
+    page = plain_text(manifest)
+    assert page.count("· int8") == 1 and "Relative difference" in page
+    assert "alike" in page and page.count("within tolerance") == 2
+    manifest["selected"] |= {"stitches": [], "blocks": [manifest["selected"]["blocks"][0]]}
+    assert f"{manifest['selected']['blocks'][0]['donor']} in int8" in plain_text(manifest)
+
+
 def test_a_large_matrix_has_its_cells_but_no_tooltips() -> None:
     manifest = small()
     manifest["similarity"] |= {"index": [["swin_mini", cut] for cut in range(130)], "values": [[0.5] * 130] * 130}
