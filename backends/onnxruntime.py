@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -42,7 +43,9 @@ FAULTS = (
     state.NoSuchFile,
     state.NotImplemented,
     state.RuntimeException,
+    RuntimeError,
 )
+"""ONNX Runtime's own errors; a provider whose libraries are absent gives a plain RuntimeError."""
 
 
 class OnnxSession:
@@ -126,8 +129,10 @@ class OnnxRuntime:
 
     def _probe(self) -> None:
         """Raise MissingDependencyError where the provider's own libraries or its device are absent."""
+        onnxruntime.set_default_logger_severity(4)  # what is wrong is in the error
         if self.provider.memory == "cuda":
-            onnxruntime.preload_dlls()
+            with redirect_stdout(io.StringIO()):
+                onnxruntime.preload_dlls()
         try:
             self.open(_smallest()).close()
         except DercError as error:
@@ -219,7 +224,10 @@ class OnnxRuntime:
         """A session whose every node is on the provider; raises DercError where one is not."""
         cache = _timing_cache() if self.provider.name == providers.TENSORRT else None
         wanted = [(self.provider.name, self.provider.options(self.threads, cache))]
-        session = _guard("loading the model", lambda: onnxruntime.InferenceSession(model, options, providers=wanted))
+        session = _guard(
+            "loading the model",
+            lambda: onnxruntime.InferenceSession(model, options, providers=wanted, enable_fallback=False),
+        )
         check_placement(self.provider, session.get_providers(), placed(session))
         return session
 
