@@ -9,7 +9,7 @@ from typing import Any
 
 from derc.artifacts import BlockRef, CutDonor, Evaluated, Latency, LatencyTable, decode
 from derc.errors import DercError, UsageError
-from derc.roofline import Calibration, Sample, calibrate, predictions
+from derc.roofline import Calibration, Sample, calibrate, computed, predictions
 from derc.tables import DonorRecord, Entry, TableFile, entry_key, exporter_versions, span
 from derc.target import Target
 from derc.workload import Work
@@ -107,16 +107,18 @@ def foresee(target: Target, wanted: Wanted, works: Mapping[str, Work], tables: S
     """
     found = look_up(tables, target, wanted)
     more = _more(found, wanted)
-    failed = {(kind, name) for kind in KINDS for name in more.get("failed", ())}
+    failed = {key for key in found.missing if key[1] in more["failed"]}
     found = replace(found, missing={key: why for key, why in found.missing.items() if key not in failed})
     lacking = [name for _, name in found.missing if name not in works]
     if lacking:
         raise DercError(f"the work of {', '.join(lacking)} is not known, so its latency cannot be predicted")
     calibration, stitching = calibrations(target, tables)
-    precisions = {name: span(name)[3] for name in wanted.blocks}
+    own = computed(target.engine, "fp32")
+    precisions = dict.fromkeys(works, own) | {name: computed(target.engine, span(name)[3]) for name in wanted.blocks}
     plain = {name: works[name] for kind, name in found.missing if kind != "stitch"}
     predicted = predictions(calibration, target, plain, precisions)
-    predicted |= predictions(stitching, target, {name: works[name] for k, name in found.missing if k == "stitch"})
+    joints = {name: works[name] for kind, name in found.missing if kind == "stitch"}
+    predicted |= predictions(stitching, target, joints, precisions)
     every = {(kind, name): predicted[name] for kind, name in found.missing} | dict(found.latencies)
     order = [key for key in wanted.entry_keys() if key not in failed]
     parts = {kind: {name: every[k, name] for k, name in order if k == kind} for kind in KINDS}

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 
 from derc.artifacts import Array, Latency
+from derc.engine import parse
 from derc.errors import DercError
 from derc.target import Device, Target
 from derc.workload import FLOAT_BYTES, Work
@@ -87,6 +88,12 @@ def features(work: Work, device: Device, threads: int = 1, precision: str = "fp3
             moved / device.bandwidth / 1e6,
         ]
     )
+
+
+def computed(spec: str, precision: str) -> str:
+    """What a block of `precision` is computed in by an engine: fp32 stands for the engine's own, its variant's."""
+    _, variant = parse(spec)
+    return variant if precision == "fp32" and variant in BYTES else precision
 
 
 def device_threads(target: Target) -> int:

@@ -120,12 +120,14 @@ def entry_key(kind: str, name: str, donors: Mapping[str, DonorRecord], batch: in
     """Digest of what an entry measured; raises ValueError where its name is of none of the `donors`."""
     if kind == "stitch":
         return stitch_key(name, batch, exporter)
-    donor, first, last, precision = span(name) if kind == "block" else (name, 0, -1, "fp32")
-    record = donors.get(donor)
-    if record is None or not first <= last % len(record.cuts) < len(record.cuts):
+    record = donors.get(span(name)[0] if kind == "block" else name)
+    if record is None:
         raise ValueError(f"{kind} {name} is of no donor that the table lists")
-    last %= len(record.cuts)
-    return block_key(record.digest, (first, last), (record.cuts[first], record.cuts[last]), precision, batch, exporter)
+    _, first, last, precision = span(name) if kind == "block" else (name, 0, len(record.cuts) - 1, "fp32")
+    if not first < last < len(record.cuts):
+        raise ValueError(f"{kind} {name} is not within the {len(record.cuts)} cuts of its donor")
+    ends = record.cuts[first], record.cuts[last]
+    return block_key(record.digest, (first, last), ends, precision, batch, exporter)
 
 
 def span(name: str) -> tuple[str, int, int, str]:
