@@ -201,7 +201,9 @@ class Inductor:
         except OSError as error:
             raise IntegrityError(f"the engine {path} cannot be read: {error.strerror or error}") from error
         except BROKEN as error:
-            raise IntegrityError(f"the engine {path} cannot be loaded: it is damaged ({error})") from error
+            raise IntegrityError(
+                f"the engine {path} cannot be loaded: it is damaged or no such engine ({error})"
+            ) from error
         for what, here in self._stamp().items():
             if note.get(what) != here:
                 raise IntegrityError(f"the engine {path} is for {what} {note.get(what)}, not {here}: build it again")
@@ -241,15 +243,20 @@ class Inductor:
 
 def _note(archive: zipfile.ZipFile) -> dict[str, Any]:
     """What `build` wrote about the package."""
-    name = next(name for name in archive.namelist() if name.endswith("wrapper_metadata.json"))
-    note: dict[str, Any] = json.loads(json.loads(archive.read(name))[NOTE])
+    note: dict[str, Any] = json.loads(json.loads(_part(archive, "wrapper_metadata.json"))[NOTE])
     return note
+
+
+def _part(archive: zipfile.ZipFile, ending: str) -> bytes:
+    names = [name for name in archive.namelist() if name.endswith(ending)]
+    if len(names) != 1:
+        raise ValueError(f"it holds {len(names)} parts *{ending}")
+    return archive.read(names[0])
 
 
 def _placement(archive: zipfile.ZipFile) -> dict[str, int]:
     """Kernels and library calls by device, as the package's own source has them."""
-    name = next(name for name in archive.namelist() if name.endswith("wrapper.cpp"))
-    source = archive.read(name).decode()
+    source = _part(archive, "wrapper.cpp").decode()
     count = Counter(LIBRARY_CALL.findall(source))
     count["cpu"] += len(CPU_KERNEL.findall(source))
     count["cuda"] += len(GPU_KERNEL.findall(source))

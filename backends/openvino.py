@@ -216,7 +216,9 @@ class OpenVino:
         except OSError as error:
             raise IntegrityError(f"the engine {path} cannot be read: {error.strerror or error}") from error
         except BROKEN as error:
-            raise IntegrityError(f"the engine {path} cannot be loaded: it is damaged ({error})") from error
+            raise IntegrityError(
+                f"the engine {path} cannot be loaded: it is damaged or no such engine ({error})"
+            ) from error
         try:
             read = _guard("reading the engine", lambda: self._core.read_model(xml, weights))
             return OpenVinoSession(self._compile(read))

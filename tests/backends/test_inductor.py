@@ -82,6 +82,13 @@ def test_a_package_for_something_else_is_refused(engine, package, tmp_path, what
         engine.load(path)
 
 
+def test_a_zip_with_other_parts_is_refused(engine, tmp_path):
+    with zipfile.ZipFile(tmp_path / "engine.pt2", "w") as archive:
+        archive.writestr("model.xml", "<net/>")
+    with pytest.raises(IntegrityError, match=r"holds 0 parts \*wrapper_metadata\.json"):
+        engine.load(tmp_path / "engine.pt2")
+
+
 def test_an_operator_that_the_importer_lacks_is_named(engine):
     proto = handmade([helper.make_node("Nope", ["x"], ["y"], domain="odd")], shape=(1, 4, 6, 6), domains={"odd": 1})
     with pytest.raises(DercError, match="odd::Nope"):
