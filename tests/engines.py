@@ -139,3 +139,13 @@ class Wrong(Rounding):
         right = session.run
         session.run = lambda images: -right(images)
         return session
+
+
+class Refusing(Rounding):
+    """Computes one block alone in int8, and no second one."""
+
+    def rewrite(self, model: bytes, precision: str, samples: Sequence[np.ndarray]) -> bytes:
+        """Raises PrecisionError for a block that takes no images."""
+        if samples[0].shape[1:] != (3, 32, 32):
+            raise PrecisionError("the block overflows in int8: keep it in fp32")
+        return super().rewrite(model, precision, samples)
