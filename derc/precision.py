@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -42,8 +42,8 @@ def rewrite(model: bytes, precision: str, samples: Sequence[Array], int8: Int8 =
 
 def check_range(model: bytes, samples: Sequence[Array], limit: float, precision: str) -> None:
     """Raise PrecisionError where a float value of `model` is NaN or larger than `limit` on one of `samples`."""
-    for sample in samples:
-        for name, (largest, total) in ranges(model, sample).items():
+    for found in ranges(model, samples):
+        for name, (largest, total) in found.items():
             if not np.isfinite(total):
                 raise PrecisionError(
                     f"the value {name} is NaN or infinite in fp32 already: leave out the donor, or these images"
@@ -65,15 +65,16 @@ def check_finite(model: bytes, samples: Sequence[Array], precision: str) -> None
             )
 
 
-def ranges(model: bytes, sample: Array) -> dict[str, tuple[float, float]]:
-    """For each float value of the model, its largest magnitude on `sample` and the sum of its magnitudes.
+def ranges(model: bytes, samples: Sequence[Array]) -> Iterator[dict[str, tuple[float, float]]]:
+    """On each of `samples`, the largest magnitude of each float value of the model, and the sum of its magnitudes.
 
     The sum tells of NaN, which a maximum may skip. Computed in float32 by ONNX Runtime on the CPU.
     """
     watched, names = _watched(model)
     session = _session(watched)
-    found = session.run(None, {session.get_inputs()[0].name: sample})
-    return {name: (float(found[2 * i]), float(found[2 * i + 1])) for i, name in enumerate(names)}
+    for sample in samples:
+        found = session.run(None, {session.get_inputs()[0].name: sample})
+        yield {name: (float(found[2 * i]), float(found[2 * i + 1])) for i, name in enumerate(names)}
 
 
 def _watched(model: bytes) -> tuple[bytes, list[str]]:

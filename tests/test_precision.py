@@ -180,7 +180,7 @@ def test_control_flow_is_refused():
 
 def test_ranges_are_those_of_the_values():
     nodes = [helper.make_node("Neg", ["x"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
-    found = ranges(model_of(nodes, {}, [3]), np.array([-1, 2, 5], np.float32))
+    (found,) = ranges(model_of(nodes, {}, [3]), [np.array([-1, 2, 5], np.float32)])
     assert found == {"h": (5.0, 8.0), "y": (1.0, 1.0)}
 
 
