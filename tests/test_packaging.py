@@ -61,7 +61,7 @@ def test_wheel_holds_each_file_once_and_the_weights(dist):
     assert len(names) == len(set(names))
     assert not [name for name in names if name.split("/")[0] in ("passes", "backends", "tests")]
     assert sum(name.endswith(".safetensors") for name in names) >= 6
-    assert "derc/py.typed" in names
+    assert "derc/py.typed" in names and "derc/targets/a100.toml" in names
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         assert any(name.endswith("derc/passes/select.py") for name in archive.getnames())
