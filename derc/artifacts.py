@@ -129,10 +129,11 @@ class LatencyTable:
     Keys of `donors` are names (the intact network, as shipped), of `blocks` `str(BlockRef)`, of `stitches`
     `stitching.key(source, target)`. A block that could not be built is not among them. `noise` is the A/A control's
     relative difference. `distortion` is, for a block in a lower precision, the share of its output's variance over the
-    probe set by which that differs from float32. `failed` says why a part has no latency. `networks` are assemblies
-    measured whole, and `errors` (by `str(Assembly)`) those of the prediction for each network measured whole, by all
-    others: predicted ÷ measured − 1. `samples` are the raw seconds, in order of time, by kind and name (``block
-    resnet[0:3]``). `timed_s` of the `measured_s` seconds of measuring were spent inside runs.
+    probe set by which that differs from float32, `weights` the bytes of its weights. `failed` says why a part has no
+    latency. `networks` are assemblies measured whole, and `errors` (by `str(Assembly)`) those of the prediction for
+    each network measured whole, by all others: predicted ÷ measured − 1. `samples` are the raw seconds, in order of
+    time, by kind and name (``block resnet[0:3]``). `timed_s` of the `measured_s` seconds of measuring were spent inside
+    runs.
     """
 
     target: str
@@ -142,6 +143,7 @@ class LatencyTable:
     stitches: dict[str, Latency]
     noise: float
     distortion: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     networks: tuple[Evaluated, ...] = ()
     errors: dict[str, float] = field(default_factory=dict)
@@ -308,7 +310,9 @@ class Shipped:
     """A built engine (its file's bytes as uint8, and its lock's text) with what was verified and measured of it.
 
     `anchor` is the latency of an intact donor measured in the same rounds, which tells how the machine fares now.
-    `noise` is the relative difference of the A/A control, `placement` the number of nodes by execution provider.
+    `noise` is the relative difference of the A/A control, `placement` the number of nodes by execution provider,
+    `samples` the raw seconds of both. Where the device is not here, nothing is built: `engine` is empty, the latencies
+    are recorded or predicted.
     """
 
     engine: Array
@@ -318,6 +322,7 @@ class Shipped:
     noise: float
     placement: dict[str, int]
     lock: str = ""
+    samples: dict[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

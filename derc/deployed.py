@@ -90,6 +90,12 @@ def _flows(context: Context, every: tuple[Part, ...], network: Assembled) -> Ite
         x = module(x.clone())
 
 
+def weight_bytes(model: bytes) -> int:
+    """What the weights of an ONNX model take."""
+    weights = onnx.load_from_string(model).graph.initializer
+    return sum(onnx.numpy_helper.to_array(weight).nbytes for weight in weights)
+
+
 def batches(images: Array, size: int) -> list[Array]:
     """`images` in arrays of `size`, the last one filled up with repeats of its last image."""
     found = []

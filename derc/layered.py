@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -16,7 +16,7 @@ from derc.errors import DercError
 from derc.ir import TensorType
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
-"""Of one weight; the few that a rewritten block keeps wider (biases, norms) count as the others."""
+"""Of one weight where a block's are not known as a whole; the few that stay wider (biases, norms) count as others."""
 
 
 @dataclass(frozen=True)
@@ -123,21 +123,23 @@ def build(
     *,
     one_per_set: bool = False,
     timed: Collection[str] | None = None,
+    weights: Mapping[str, int] | None = None,
 ) -> Layered:
     """The graph of all legal assemblies; only donors in `heads` (none given: all) may provide the last block.
 
-    Blocks come in the precisions in which `timed` names them (`str(BlockRef)`; None: all blocks in float32). A stitch
-    leads from a block to any block of a later set, of the next set only with `one_per_set`, whose input it can make
-    without making up places. A donor's own next block follows without one.
+    Blocks come in the precisions in which `timed` names them (`str(BlockRef)`; None: all blocks in float32), `weights`
+    are the known bytes of their weights. A stitch leads from a block to any block of a later set, of the next set only
+    with `one_per_set`, whose input it can make without making up places. A donor's own next block follows without one.
     Raises DercError where `timed` names no block of this partition.
     """
     blocks = tuple(_variants(partition, timed))
     if not blocks:
         raise DercError("the latency table has no block of this partition: profile the zoo again")
     sets = max(len(chain) for chain in partition.blocks.values())
-    edges = [_edge(cuts, None, block) for block in blocks if block.set == 0]
+    known = weights or {}
+    edges = [_edge(cuts, None, block, known) for block in blocks if block.set == 0]
     for source in blocks:
-        edges += _onward(cuts, source, [b for b in blocks if b.set == source.set + 1 or not one_per_set])
+        edges += _onward(cuts, source, [b for b in blocks if b.set == source.set + 1 or not one_per_set], known)
     last = [block for block in blocks if block.set == sets - 1 and (not heads or block.donor in heads)]
     return Layered(blocks, tuple(edges) + tuple(Edge(block, None) for block in last), sets)
 
@@ -149,11 +151,11 @@ def _variants(partition: Partition, timed: Collection[str] | None) -> Iterator[B
             yield from [block] if timed is None else [form for form in forms if str(form) in timed]
 
 
-def _onward(cuts: CutZoo, source: BlockRef, targets: list[BlockRef]) -> Iterator[Edge]:
+def _onward(cuts: CutZoo, source: BlockRef, targets: list[BlockRef], known: Mapping[str, int]) -> Iterator[Edge]:
     for target in targets:
         joined = target.donor == source.donor and target.first == source.last
         if target.set > source.set and (joined or stitching.keeps_places(*_ends(cuts, source, target))):
-            yield _edge(cuts, source, target)
+            yield _edge(cuts, source, target, known)
 
 
 def _ends(cuts: CutZoo, source: BlockRef, target: BlockRef) -> tuple[TensorType, TensorType]:
@@ -161,10 +163,10 @@ def _ends(cuts: CutZoo, source: BlockRef, target: BlockRef) -> tuple[TensorType,
     return cuts.donors[source.donor].cuts[source.last].type, cuts.donors[target.donor].cuts[target.first].type
 
 
-def _edge(cuts: CutZoo, source: BlockRef | None, target: BlockRef) -> Edge:
+def _edge(cuts: CutZoo, source: BlockRef | None, target: BlockRef, known: Mapping[str, int]) -> Edge:
     units = cuts.donors[target.donor].units[target.first : target.last]
     params, macs = sum(unit.params for unit in units), sum(unit.macs for unit in units)
-    weights, peak = BYTES[target.precision] * params, max(unit.bytes for unit in units)
+    weights, peak = known.get(str(target), BYTES[target.precision] * params), max(unit.bytes for unit in units)
     if source is None or (source.donor == target.donor and source.last == target.first):
         return Edge(source, target, params, macs, weights, peak)
     ends = _ends(cuts, source, target)

@@ -178,13 +178,13 @@ def _why(kind: str, name: str, tables: Sequence[TableFile]) -> str:
 
 def _more(found: Recorded, wanted: Wanted) -> dict[str, Any]:
     """The other fields of a LatencyTable, as far as the tables used know them of what is wanted."""
-    more: dict[str, Any] = {"networks": (), "errors": {}, "failed": {}, "distortion": {}}
+    more: dict[str, Any] = {"networks": (), "errors": {}, "failed": {}, "distortion": {}, "weights": {}}
     for table in reversed(found.tables):
         networks = _networks(table.more.get("networks", []), found, wanted)
         names = {str(network.assembly) for network in networks}
         more["networks"] += networks
         more["errors"] |= {name: value for name, value in table.more.get("errors", {}).items() if name in names}
-        for field in ("failed", "distortion"):
+        for field in ("failed", "distortion", "weights"):
             more[field] |= {k: v for k, v in table.more.get(field, {}).items() if _ours(k, table, wanted)}
     return more
 

@@ -114,6 +114,7 @@ class Profile:
             stitches=predict_stitches(shapes, _of("stitch", known)),
             noise=found.measurement.noise,
             distortion=found.distortion,
+            weights={name: deployed.weight_bytes(model) for name, model in slices.rewritten.items()},
             failed=failed,
             networks=tuple(Evaluated(a, None, known[f"network {a}"]) for a in networks if f"network {a}" in known),
             samples={name: timed.samples for name, timed in found.timed.items()},

@@ -82,8 +82,8 @@ class Select:
         knowledge: Knowledge,
     ) -> Learnt:
         """The graph of legal assemblies with predicted losses and latencies."""
-        timed = table.blocks if table else None
-        graph = layered.build(cuts, partition, self.heads, one_per_set=self.one_per_set, timed=timed)
+        timed, weights = (table.blocks, table.weights) if table else (None, None)
+        graph = layered.build(cuts, partition, self.heads, one_per_set=self.one_per_set, timed=timed, weights=weights)
         return learn(graph, cuts, embedded, table, knowledge)
 
     def predict(

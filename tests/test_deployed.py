@@ -126,6 +126,13 @@ def test_parts_of_different_operator_sets_become_one_network(context, plain):
     assert 0 < np.linalg.norm(got - want) / np.linalg.norm(want) < 0.1
 
 
+def test_weights_are_counted_as_they_are_stored():
+    weights = [np.zeros((3, 4), np.float32), np.zeros(5, np.int8), np.zeros((), np.float16)]
+    made = [onnx.numpy_helper.from_array(weight, f"w{i}") for i, weight in enumerate(weights)]
+    graph = onnx.helper.make_graph([], "g", [], [], made)
+    assert deployed.weight_bytes(onnx.helper.make_model(graph).SerializeToString()) == 48 + 5 + 2
+
+
 def test_batches_are_filled_up():
     x = np.arange(5.0)[:, None]
     assert [part[:, 0].tolist() for part in deployed.batches(x, 2)] == [[0, 1], [2, 3], [4, 4]]

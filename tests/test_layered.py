@@ -120,6 +120,11 @@ def test_an_int8_block_takes_a_quarter_of_the_weights_and_its_stitch_does_not() 
     saved = sum(unit.params for unit in problem.cuts.donors["d1"].units[last.first :]) * 3 / 1e6
     full, mixed = (graph.costs(graph.path(a) or ())["memory_mb"] for a in (plain, in_precisions(plain, "fp32", "int8")))
     assert full - mixed == pytest.approx(saved)
+    known = {str(replace(last, precision="int8")): 12_345}
+    graph = layered.build(problem.cuts, problem.partition, timed=every, weights=known)
+    counted = graph.costs(graph.path(in_precisions(plain, "fp32", "int8")) or ())["memory_mb"]
+    own = sum(unit.params for unit in problem.cuts.donors["d1"].units[last.first :])
+    assert counted - mixed == pytest.approx((12_345 - own) / 1e6)
 
 
 def test_intact_means_the_donor_as_it_is() -> None:
