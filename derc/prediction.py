@@ -75,7 +75,11 @@ def predict(graph: Layered, cuts: CutZoo, table: LatencyTable, measured: Mapping
 
 def wholes(table: LatencyTable, graph: Layered) -> dict[Assembly, Latency]:
     """The networks that the table knows whole, where they are paths of `graph`: intact donors, then assemblies."""
-    donors = {Assembly(chain): table.donors[name] for name, chain in graph.chains.items() if name in table.donors}
+    donors = {
+        Assembly(chain): table.donors[name]
+        for name, chain in graph.chains.items()
+        if name in table.donors and table.donors[name].provenance != "predicted"
+    }
     networks = {one.assembly: one.latency for one in table.networks if one.latency is not None}
     return {a: latency for a, latency in (donors | networks).items() if graph.path(a) is not None}
 
@@ -87,25 +91,22 @@ def correct(parts: Parts, taken: Array, whole: Array) -> tuple[Array, Array]:
     """
     if not len(whole):
         return np.zeros(len(parts.own)), np.zeros(0)
-    root = _root(parts)
+    root, own = _root(parts), np.where(parts.stitched, EDGE_SPREAD * parts.features[:, 3], 0.0) ** 2
     seen = taken @ root
-    covariance = seen @ seen.T + np.diag((NOISE * whole) ** 2)
+    covariance = seen @ seen.T + (taken * own) @ taken.T + np.diag((NOISE * whole) ** 2)
     inverse = np.linalg.inv(covariance)
     weights = inverse @ (whole - taken @ parts.own)
     errors: Array = -weights / np.diag(inverse) / whole
-    return root @ (seen.T @ weights), errors
+    return root @ (seen.T @ weights) + own * (taken.T @ weights), errors
 
 
 def _root(parts: Parts) -> Array:
-    """R (edges, coefficients) with R Rᵀ the prior covariance of the edges' corrections."""
+    """R (edges, coefficients) with R Rᵀ the prior covariance of the edges' corrections, but for each edge's own."""
     count = int(parts.blocks.max(initial=-1)) + 1
     blocks = np.zeros((len(parts.own), count))
     inner = np.flatnonzero(parts.blocks >= 0)
     blocks[inner, parts.blocks[inner]] = BLOCK_SPREAD * parts.features[inner, 3]
-    places = np.flatnonzero(parts.stitched)
-    edges = np.zeros((len(parts.own), len(places)))
-    edges[places, np.arange(len(places))] = EDGE_SPREAD * parts.features[places, 3]
-    return np.hstack([parts.features * parts.spreads, blocks, edges])
+    return np.hstack([parts.features * parts.spreads, blocks])
 
 
 def parts_of(graph: Layered, cuts: CutZoo, table: LatencyTable) -> Parts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from derc.artifacts import (
@@ -112,7 +112,7 @@ class Search:
                 del intact[name]
         self._evaluate([Candidate(assembly, 0.0, {}) for assembly in intact.values()])
         for name, assembly in intact.items():
-            if assembly in self.judged:
+            if assembly in self.judged and self.table.donors[name].provenance != "predicted":
                 self.record(assembly, self.table.donors[name])
 
     def _evaluate(self, candidates: list[Candidate]) -> None:
@@ -129,7 +129,7 @@ class Search:
                 self.context.console.say(f"{assembly} is left out: {error}")
                 self.failed[assembly] = str(error)
                 continue
-            predicted = self.select.predict(
+            predicted = candidate.predicted or self.select.predict(
                 assembly, self.cuts, self.embedded, self.partition, self.table, self.knowledge
             )
             self.judged[assembly] = Judged(one, scores, predicted)
@@ -166,16 +166,24 @@ class Search:
         return max(self.fitting(intact=True), key=_rank, default=None)
 
     def best(self) -> Judged | None:
-        """The best network within the budgets, None where there is none.
+        """The best network within the budgets, None where there is none; see `best_of`."""
+        found = best_of([self])
+        return found[1] if found else None
 
-        An assembly replaces the best intact donor only if it answers significantly more images right: in a paired
-        comparison its wins exceed its losses by one standard deviation of their difference.
-        """
-        donor = self.best_intact()
-        for one in sorted(self.fitting(intact=False), key=_rank, reverse=True):
-            if donor is None or _better(one.scores, donor.scores):
-                return one
-        return donor
+
+def best_of(searches: Sequence[Search]) -> tuple[Search, Judged] | None:
+    """The best network within the budgets that any of the searches knows, and whose it is; None where there is none.
+
+    An assembly replaces the best intact donor only if it answers significantly more images right: in a paired
+    comparison its wins exceed its losses by one standard deviation of their difference.
+    """
+    donors = [(search, one) for search in searches if (one := search.best_intact()) is not None]
+    donor = max(donors, key=lambda found: _rank(found[1]), default=None)
+    others = [(search, one) for search in searches for one in search.fitting(intact=False)]
+    for search, one in sorted(others, key=lambda found: _rank(found[1]), reverse=True):
+        if donor is None or _better(one.scores, donor[1].scores):
+            return search, one
+    return donor
 
 
 def _rank(one: Judged) -> tuple[float, float]:
