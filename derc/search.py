@@ -19,7 +19,8 @@ from derc.artifacts import (
     Selection,
     StitchedAssembly,
 )
-from derc.errors import BuildError, InfeasibleError, PrecisionError
+from derc.deployed import differs
+from derc.errors import DercError, InfeasibleError, MissingDependencyError
 from derc.passes.score import Consult, Score
 from derc.passes.select import Select
 from derc.passes.stitch import FitStitches
@@ -125,7 +126,9 @@ class Search:
             one = replace(plain, assembly=assembly)
             try:
                 scores = execute(Score(), self.context, one, reference, timings=self.timings)
-            except (BuildError, PrecisionError) as error:
+            except DercError as error:
+                if isinstance(error, MissingDependencyError) or not differs(self.context, assembly):
+                    raise
                 self.context.console.say(f"{assembly} is left out: {error}")
                 self.failed[assembly] = str(error)
                 continue
