@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from derc import bundle, exporting, registry
+from derc import bundle, enginelock, exporting, registry
 from derc.console import Console
-from derc.engine import Engine
-from derc.errors import DercError
+from derc.engine import Engine, Session
+from derc.errors import DercError, UsageError
 from derc.lowered import Lowered
 from derc.measure import Measurement, MeasureOptions, measure
 from derc.workspace import LiveDonors
@@ -32,13 +32,27 @@ def bench_bundle(folder: Path, limit_s: float, console: Console) -> dict[str, An
     batch = int(manifest["target"]["batch"])
     with ExitStack() as stack:
         calls: dict[str, Callable[[], float]] = {}
-        session = engine.load(folder / f"engine{engine.suffix}")
+        session = load_engine(folder, engine)
         stack.callback(session.close)
         calls["engine"] = session.time
         calls["eager PyTorch"] = stack.enter_context(_Eager(bundle.load(folder), manifest, int(described["threads"])))
         missing = _add_donors(calls, stack, engine, manifest, batch, console)
         measured = measure(calls, MeasureOptions(limit_s=limit_s), anchor="engine", track=console.track)
     return _result(manifest, measured, engine.describe(), missing)
+
+
+def load_engine(folder: Path, engine: Engine) -> Session:
+    """The session of a verified bundle's engine.
+
+    Raises UsageError where it is not built yet, MissingDependencyError where it was built for another device or by
+    other versions.
+    """
+    path = folder / f"engine{engine.suffix}"
+    if not path.exists():
+        raise UsageError(f"{folder} has no engine yet: run derc build {folder} on its target")
+    if enginelock.place(path).exists():
+        enginelock.read(path, engine.describe())
+    return engine.load(path)
 
 
 class _Eager:

@@ -37,15 +37,20 @@ def check_output(output: Path) -> None:
         raise UsageError(f"the output {output} cannot be written: {parent}: {error.strerror}") from error
 
 
-def write(output: Path, files: Mapping[str, bytes], manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write a bundle so that it appears whole or not at all; returns the manifest with digests."""
-    check_output(output)
+def write(output: Path, files: Mapping[str, bytes], manifest: dict[str, Any], *, over: bool = False) -> dict[str, Any]:
+    """Write a bundle so that it appears whole or not at all; returns the manifest with digests.
+
+    With `over` it takes the place of the bundle that is at `output`.
+    """
+    if not over:
+        check_output(output)
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     sealed = seal({**manifest, "files": {name: sha256(data) for name, data in sorted(files.items())}})
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         for name, data in {**files, MANIFEST: json.dumps(sealed, indent=1).encode() + b"\n"}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (folder / name).open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -53,13 +58,27 @@ def write(output: Path, files: Mapping[str, bytes], manifest: dict[str, Any]) ->
         if "reproduce.sh" in files:
             (folder / "reproduce.sh").chmod(0o755)
         folder.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        folder.replace(output)
+        _put(folder, output)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return sealed
+
+
+def _put(folder: Path, output: Path) -> None:
+    """Move a whole bundle to `output`; what is there goes aside first, and comes back where the move fails."""
+    if not output.exists():
+        folder.replace(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)) / "before"
+    output.replace(aside)
+    try:
+        folder.replace(output)
+    except OSError:
+        aside.replace(output)
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
 
 
 def sha256(data: bytes) -> str:
@@ -93,7 +112,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """Check every file of a bundle against its digest; returns the manifest, raises IntegrityError."""
     manifest = read(folder)
     for name, digest in manifest["files"].items():
-        if Path(name).name != name:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise IntegrityError(f"{folder}: the manifest names a file outside the bundle ({name})")
         path = folder / name
         if not path.is_file():

@@ -45,6 +45,7 @@ DEVICE: tuple[Function, ...] = (
     click.option("--profile-s", type=float, help="Seconds that measuring may take.  [default: as needed]"),
 )
 PRECISION: tuple[Function, ...] = (
+    click.option("--engine", help="Engines to choose from, such as onnxruntime,openvino.  [default: the target's]"),
     click.option("--precision", help="What a block may be computed in: fp32,fp16,bf16,int8.  [default: fp32]"),
 )
 BUDGETS: tuple[Function, ...] = (
@@ -79,6 +80,7 @@ def cli() -> None:
 @click.option("--solver", type=click.Choice(["auto", "highs", "gurobi"]), help="Solver of the integer program.")
 @click.option("--top", type=int, help="Solutions asked of the solver per round.")
 @click.option("--evaluations", type=int, help="Assemblies stitched and scored at most.")
+@click.option("--emit", help="triton: add a model repository for Triton Inference Server to the bundle.")
 @click.option("-o", "--output", type=click.Path(), help="Directory of the bundle.")
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 @JSON
@@ -129,6 +131,21 @@ def init(force: bool) -> None:
         raise UsageError("derc.toml exists already: edit it, or replace it with --force")
     path.write_text(TEMPLATE, encoding="utf-8")
     click.echo("wrote derc.toml")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--limit-s", type=float, default=20.0, show_default=True, help="Longest time to measure.")
+@JSON
+def build(bundle: Path, limit_s: float, as_json: bool) -> None:
+    """Build a bundle's engine on the device that it is for, measure it and complete the bundle."""
+    from derc.completing import build_bundle
+
+    manifest = build_bundle(bundle, limit_s, _console())
+    if as_json:
+        click.echo(json.dumps({name: manifest[name] for name in ("status", "target", "budget", "latency", "parity")}))
+    else:
+        _tell(manifest)
 
 
 @cli.command()
@@ -280,16 +297,9 @@ def _print(found: tuple[dict[str, Any], str], as_json: bool) -> None:
 
 
 def _tell(manifest: dict[str, Any]) -> None:
-    latency, accuracy, budget = manifest["latency"], manifest["accuracy"], manifest["budget"]
-    limit = f" (budget {budget['latency_ms']:g} ms)" if budget["latency_ms"] is not None else ""
-    low, high = latency["ci95_ms"]
-    click.echo(f"network   {manifest['selected']['assembly']}")
-    click.echo(f"latency   {latency['measured_ms']:.3f} ms measured, 95% interval {low:.3f} to {high:.3f}{limit}")
-    if accuracy["heldout"] is not None:
-        best = accuracy.get("best_intact_within_budget")
-        beside = f"; best intact donor within the budget: {best['donor']} {best['heldout']:.4f}" if best else ""
-        click.echo(f"accuracy  {accuracy['heldout']:.4f} held-out, no training{beside}")
-    click.echo(f"bundle    {Path(manifest['artifacts']['manifest.json']).parent}")
+    from derc.summary import told
+
+    click.echo("\n".join(told(manifest)))
 
 
 def main() -> None:

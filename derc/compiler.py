@@ -1,41 +1,32 @@
-"""The compile: passes in order, the search, and the closed loop of measuring what is shipped."""
+"""The compile: passes in order, then a search on each engine, then the bundle."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from derc import bundle
-from derc.artifacts import CutZoo, EmbeddedZoo, Emitted, LatencyTable, LoweredZoo, Partition, Shipped
+from derc.artifacts import CutZoo, EmbeddedZoo, LatencyTable, LoweredZoo, Partition
 from derc.config import CompileSettings
 from derc.console import Console
-from derc.errors import InfeasibleError, OverBudgetError, UnstableError, UsageError
-from derc.learnt import margin_from
+from derc.errors import InfeasibleError, OverBudgetError, UsageError
 from derc.measure import LEAST_LIMIT_S
 from derc.outcome import Outcome
 from derc.passes.cut import CutDonors
 from derc.passes.embed import Embed
-from derc.passes.emit import Emit
 from derc.passes.lower import Lower
-from derc.passes.package import Package
 from derc.passes.partition import PartitionZoo
-from derc.passes.profile import Profile, intact_model
+from derc.passes.profile import Profile
 from derc.passes.select import Select
 from derc.pipeline import Context, Timings, execute
-from derc.search import Judged, Search
+from derc.search import Search
+from derc.shipping import margin_of, ship
 from derc.summary import summarise
-from derc.workspace import NEGLIGIBLE, open_context
-
-LARGEST_MARGIN = 0.5
-"""No prediction is distrusted more than this: what is built is measured anyway."""
-BUSY = 1.1
-"""A machine on which the anchor takes this many times its known latency is doing something else besides."""
-PAUSES_S = (5.0, 10.0, 20.0, 20.0, 0.0)
-"""How long a busy machine is waited for after each attempt to measure one network."""
-ATTEMPTS = 6
-"""How many networks are built and measured before the compile gives up on the budget."""
+from derc.tabling import foresee
+from derc.workspace import NEGLIGIBLE, open_contexts
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,8 @@ def compile_bundle(settings: CompileSettings, console: Console, command: str) ->
     started = time.perf_counter()
     output = Path(settings.output)
     bundle.check_output(output)
-    context = open_context(settings, console)
+    contexts = open_contexts(settings, console)
+    context = contexts[0]
     heads = context.data.task_donors(context.zoo)
     if not heads:
         raise UsageError(
@@ -81,89 +73,74 @@ def compile_bundle(settings: CompileSettings, console: Console, command: str) ->
     timings = Timings()
     timings.add("load", time.perf_counter() - started, reused=False)
     analysis = analyse(context, settings, timings)
-    table = profile(context, analysis, settings, timings)
-    select = Select(
-        latency_ms=settings.latency_ms,
-        params_m=settings.params_m,
-        macs_g=settings.macs_g,
-        memory_mb=settings.memory_mb,
-        top=settings.top,
-        margin=min(margin_from(table), LARGEST_MARGIN) if settings.latency_ms else 0.0,
-        heads=heads,
-    )
-    search = Search(
-        context, select, analysis.cuts, analysis.embedded, analysis.partition, table, settings.evaluations, timings
-    )
-    search.run()
-    chosen, emitted, shipped, met = ship(search, settings.profile_s or LEAST_LIMIT_S, timings)
+    searches = search_all(contexts, analysis, settings, heads, timings)
+    found = ship(searches, settings.profile_s or LEAST_LIMIT_S, timings)
     console.check()
     outcome = Outcome(
-        settings, command, context, search, analysis.lowered, chosen, emitted, shipped, met, timings, NEGLIGIBLE
+        settings,
+        command,
+        found.search.context,
+        found.search,
+        analysis.lowered,
+        found.chosen,
+        found.emitted,
+        found.shipped,
+        found.met,
+        timings,
+        NEGLIGIBLE,
     )
     manifest = summarise(outcome, started)
-    if not met:
+    if found.met is False:
         raise OverBudgetError(
-            f"the network was built and measured at {shipped.latency.ms:.3f} ms, over the budget of "
+            f"the network was built and measured at {found.shipped.latency.ms:.3f} ms, over the budget of "
             f"{settings.latency_ms} ms; the bundle is in {output}: ask for a larger budget"
         )
     return manifest
 
 
-def ship(search: Search, measure_s: float, timings: Timings) -> tuple[Judged, Emitted, Shipped, bool]:
-    """Build and measure the best network; where it is over budget, select again with that knowledge.
+def search_all(
+    contexts: Sequence[Context],
+    analysis: Analysis,
+    settings: CompileSettings,
+    heads: tuple[str, ...],
+    timings: Timings,
+) -> list[Search]:
+    """A search on each engine, each with its own latencies; what one has evaluated the store gives to the next.
 
-    `measure_s` is what the profile may take; one network gets half of it.
+    Raises the first engine's InfeasibleError where none of them finds anything.
     """
-    context, budget = search.context, search.select.latency_ms
-    fastest: tuple[Judged, Emitted, Shipped] | None = None
-    for _ in range(ATTEMPTS):
-        chosen = search.best()
-        if chosen is None:
-            break
-        emitted = execute(Emit(), context, chosen.stitched, timings=timings)
-        shipped = _measured(search, emitted, measure_s, timings)
-        search.record(chosen.assembly, shipped.latency)
-        if budget is None or shipped.latency.high_ms <= budget:
-            return search.judged[chosen.assembly], emitted, shipped, True
-        context.console.say(
-            f"{chosen.assembly} measured {shipped.latency.ms:.3f} ms, over {budget} ms: selecting again"
+    searches, refused = list[Search](), list[InfeasibleError]()
+    for context in contexts:
+        table = latencies(context, analysis, settings, timings)
+        select = Select(
+            latency_ms=settings.latency_ms,
+            params_m=settings.params_m,
+            macs_g=settings.macs_g,
+            memory_mb=settings.memory_mb,
+            top=settings.top,
+            margin=margin_of(table) if settings.latency_ms else 0.0,
+            heads=heads,
         )
-        if fastest is None or shipped.latency.ms < fastest[2].latency.ms:
-            fastest = search.judged[chosen.assembly], emitted, shipped
-        search.explore(search.select.top)
-    if fastest is None:
-        raise InfeasibleError(f"no network fits the budgets: {_fastest(search)}")
-    return *fastest, False
+        search = Search(
+            context, select, analysis.cuts, analysis.embedded, analysis.partition, table, settings.evaluations, timings
+        )
+        try:
+            search.run()
+            searches.append(search)
+        except InfeasibleError as error:
+            refused.append(error)
+    if not searches:
+        raise refused[0]
+    return searches
 
 
-def _measured(search: Search, emitted: Emitted, measure_s: float, timings: Timings) -> Shipped:
-    """Build, verify and measure beside the fastest donor.
-
-    What comes out over budget is measured again while that donor is much slower than its table says, for then the
-    machine is busy, or where the interval straddles the budget. Raises UnstableError where neither passes.
-    """
-    context, budget = search.context, search.select.latency_ms
-    name, known = min(search.table.donors.items(), key=lambda item: item[1].ms)
-    anchor = intact_model(context, name)
-    for attempt, pause in enumerate(PAUSES_S):
-        start = time.perf_counter()
-        with context.console.status("package"):
-            shipped = Package(limit_s=measure_s * (0.5 if attempt < 2 else 1.5)).run(context, emitted, anchor)
-        timings.add("package", time.perf_counter() - start, reused=False)
-        latency, slowdown = shipped.latency, shipped.anchor.ms / known.ms
-        straddles = not latency.stable and budget is not None and latency.low_ms <= budget
-        if budget is None or latency.high_ms <= budget or not (slowdown > BUSY or straddles):
-            return shipped
-        if slowdown > BUSY:
-            context.console.say(f"{name} now takes {slowdown:.2f} times what the table says: measuring again")
-            time.sleep(pause)
-    raise UnstableError(
-        f"the latency did not settle: {latency.low_ms:.3f} to {latency.high_ms:.3f} ms for a budget of {budget} ms, "
-        f"while {name} takes {slowdown:.2f} times its known latency; stop other work on this machine and try again, "
-        "or measure the table anew after derc cache gc --all"
-    )
-
-
-def _fastest(search: Search) -> str:
-    name, latency = min(search.table.donors.items(), key=lambda item: item[1].ms)
-    return f"the fastest donor, {name}, takes {latency.ms:.3f} ms"
+def latencies(context: Context, analysis: Analysis, settings: CompileSettings, timings: Timings) -> LatencyTable:
+    """Measured here, or of a device that is not here: recorded and predicted, and the console says which."""
+    if context.target.present:
+        return profile(context, analysis, settings, timings)
+    start = time.perf_counter()
+    found = foresee(context, analysis.cuts, analysis.partition, context.precisions)
+    for note in found.notes:
+        context.console.say(note)
+    timings.add("foresee", time.perf_counter() - start, reused=False)
+    return found.table

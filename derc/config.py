@@ -47,7 +47,9 @@ class CompileSettings(BaseModel):
     seed: int = Field(0, ge=0)
     threads: int = Field(0, ge=0)
     batch: int = Field(1, ge=1)
+    engine: str | None = None
     precision: str = "fp32"
+    emit: str | None = None
     defaulted: frozenset[str] = frozenset()
 
     @field_validator("input_size", mode="before")
@@ -76,6 +78,23 @@ class CompileSettings(BaseModel):
                 raise ValueError(f"{name!r} is none of {', '.join(PRECISIONS)}{suggest(name, PRECISIONS)}")
         return ",".join(name for name in PRECISIONS if name == "fp32" or name in names)
 
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _named_engines(cls, value: object) -> str | None:
+        """A comma list, or a list, of engines."""
+        parts = value if isinstance(value, (list, tuple)) else str(value).split(",") if value is not None else []
+        names = [str(part).strip() for part in parts]
+        if value is not None and not all(names):
+            raise ValueError("must name engines: onnxruntime, or onnxruntime,openvino:bf16")
+        return ",".join(names) or None
+
+    @field_validator("emit")
+    @classmethod
+    def _known_form(cls, value: str | None) -> str | None:
+        if value not in (None, "triton"):
+            raise ValueError("must be triton, a model repository for Triton Inference Server")
+        return value
+
     @field_validator(*BUDGETS)
     @classmethod
     def _positive_budget(cls, value: float | None) -> float | None:
@@ -87,6 +106,11 @@ class CompileSettings(BaseModel):
     def size(self) -> tuple[int, ...] | None:
         """The input size asked for, (H, W) or (C, H, W)."""
         return None if self.input_size is None else tuple(map(int, self.input_size.split("x")))
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The engines asked for, none where the target's own is meant."""
+        return tuple(dict.fromkeys(filter(None, (self.engine or "").split(","))))
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -220,4 +244,8 @@ TEMPLATE = """\
 # batch = 1
 # What each block may be computed in; with "fp32,int8" whichever is the best for it. Also fp16 and bf16.
 # precision = "fp32"
+# Engines to choose from. By default the target's own.
+# engine = "onnxruntime,openvino"
+# Another form of the network in the bundle: triton, a model repository for Triton Inference Server.
+# emit = "triton"
 """

@@ -62,6 +62,16 @@ def lock(
     return EngineLock(_sha256(engine), len(engine), dict(described), bound(described), precision, dict(options or {}))
 
 
+def beside(engine: Path, described: Mapping[str, str], precision: str) -> str:
+    """The text of the lock that belongs beside a built engine: the one its builder wrote, or one made here.
+
+    Empty where nothing binds the file to a device or to versions.
+    """
+    if place(engine).exists():
+        return place(engine).read_text(encoding="utf-8")
+    return to_json(lock(engine.read_bytes(), described, precision)).decode() if bound(described) else ""
+
+
 def place(engine: Path) -> Path:
     """Where the lock of an engine's file lies: ``engine.lock.json`` beside ``engine.plan``."""
     return engine.with_suffix(".lock.json")

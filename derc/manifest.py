@@ -6,8 +6,11 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
 from derc import bundle, stitching
-from derc.artifacts import Latency, Shipped
+from derc.artifacts import Latency, LatencyTable, Shipped
+from derc.engine import parse
 from derc.ir import Op, TensorType
 from derc.outcome import Outcome, accuracies, plan_graph
 from derc.pipeline import Context
@@ -22,7 +25,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "schema": bundle.SCHEMA,
         "derc": VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "status": "ok" if outcome.met else "over_budget",
+        "status": "unmeasured" if outcome.met is None else "ok" if outcome.met else "over_budget",
         "command": outcome.command,
         "target": target_of(outcome.context),
         "zoo": {
@@ -35,6 +38,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "budget": {n: getattr(outcome.settings, n) for n in ("latency_ms", "params_m", "macs_g", "memory_mb")},
         "selected": _selected(outcome),
         "latency": latency_of(outcome.shipped, outcome.chosen.predicted["latency_ms"]),
+        "prediction": _prediction(outcome.search.table),
         "accuracy": accuracies(outcome),
         "solver": _solver(outcome.search),
         "donors": _donors(outcome),
@@ -50,7 +54,10 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
 def target_of(context: Context) -> dict[str, Any]:
     """The device, its engine and the batch size."""
     target = context.target
-    return {"name": target.name, "engine": context.engine.describe(), "batch": target.batch}
+    name, variant = parse(target.engine)
+    absent = {"engine": name, "threads": str(target.threads), **({"variant": variant} if variant else {})}
+    described = context.engine.describe() if target.present else absent
+    return {"name": target.name, "engine": described, "batch": target.batch, "present": target.present}
 
 
 def _selected(outcome: Outcome) -> dict[str, Any]:
@@ -87,17 +94,32 @@ def _stitch(op: Op, residual: float) -> dict[str, Any]:
 
 
 def latency_of(shipped: Shipped, predicted_ms: float | None) -> dict[str, Any]:
-    """What was measured of the shipped engine, beside what was predicted."""
+    """What was measured of the shipped engine, or is recorded of the network, beside what was predicted."""
     latency = shipped.latency
     return {
         "predicted_ms": predicted_ms,
-        "measured_ms": latency.ms,
+        "measured_ms": latency.ms if latency.provenance == "measured" else None,
+        "recorded_ms": latency.ms if latency.provenance == "recorded" else None,
         "ci95_ms": [latency.low_ms, latency.high_ms],
         "provenance": latency.provenance,
         "stable": latency.stable,
         "samples": latency.samples,
         "noise": shipped.noise,
         "anchor_ms": shipped.anchor.ms,
+    }
+
+
+def _prediction(table: LatencyTable) -> dict[str, Any]:
+    """How far predictions of whole networks were off, each by the others: quantiles of predicted / measured − 1."""
+    errors = np.array(list(table.errors.values()))
+    quantiles = (
+        {f"q{q}": round(float(np.quantile(errors, q / 100)), 4) for q in (5, 25, 50, 75, 95)} if len(errors) else {}
+    )
+    return {
+        "networks": len(errors),
+        "median_abs_error": round(float(np.median(np.abs(errors))), 4) if len(errors) else None,
+        "error_quantiles": quantiles,
+        "failed": dict(table.failed),
     }
 
 
@@ -148,7 +170,7 @@ def _candidate(one: Judged, outcome: Outcome) -> dict[str, Any]:
         "agreement": None if one.scores.labelled else one.scores.value,
         "naswot": one.scores.naswot,
         "predicted_ms": one.predicted["latency_ms"],
-        "measured_ms": one.measured.ms if one.measured else None,
+        "measured_ms": one.measured.ms if one.measured and one.measured.provenance == "measured" else None,
     }
 
 

@@ -32,7 +32,7 @@ Network = Callable[[Split], torch.Tensor]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that the final report is made from."""
+    """Everything that the final report is made from; `met` is None where the latency was not measured."""
 
     settings: CompileSettings
     command: str
@@ -42,7 +42,7 @@ class Outcome:
     chosen: Judged
     emitted: Emitted
     shipped: Shipped
-    met: bool
+    met: bool | None
     timings: Timings
     negligible: float
 

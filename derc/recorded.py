@@ -224,5 +224,11 @@ def _notes(found: Recorded, calibration: Calibration) -> tuple[str, ...]:
         reasons: dict[str, list[str]] = {}
         for (_, name), why in found.missing.items():
             reasons.setdefault(why, []).append(name)
-        notes += [f"not recorded: {', '.join(names)}: {why}" for why, names in reasons.items()]
+        notes += [f"not recorded: {_some(names)}: {why}" for why, names in reasons.items()]
     return tuple(notes)
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

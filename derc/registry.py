@@ -31,6 +31,14 @@ SOLVERS = {"highs": "derc.backends.highs:Highs", "gurobi": "derc.backends.gurobi
 EXTRAS = {"onnxruntime": "cpu", "gurobipy": "gurobi", "tensorrt": "gpu", "openvino": "openvino", "pynvml": "gpu"}
 
 
+def known_engine(spec: str) -> None:
+    """Raise UsageError unless there is an engine of this name; its variant and what it needs are not looked at."""
+    known = entries(ENGINES, "derc.backends")
+    name, _ = parse(spec)
+    if name not in known:
+        raise UsageError(f"unknown engine {name!r}, known: {', '.join(sorted(known))}{suggest(name, known)}")
+
+
 def open_engine(spec: str, threads: int = 0) -> Engine:
     """The engine written ``name`` or ``name:variant``.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from derc import bundle
 from derc.artifacts import Emitted, Shipped
 from derc.config import KEYS, CompileSettings
 from derc.ir import Graph
-from derc.manifest import manifest_of
+from derc.manifest import manifest_of, target_of
 from derc.outcome import Outcome, plan_graph
 from derc.report import render
+from derc.tables import sample_lines
 from derc.text import print_graph
+from derc.triton import model_repository
 from derc.version import VERSION
 
 RESULT = ("status", "target", "budget", "selected", "latency", "accuracy", "solver", "parity", "timings_s", "artifacts")
@@ -50,6 +52,31 @@ def _arguments(settings: CompileSettings, names: set[str]) -> list[str]:
     return result
 
 
+def told(manifest: dict[str, Any]) -> list[str]:
+    """What a compile or a build says of its network at the end."""
+    accuracy = manifest.get("accuracy") or {}
+    lines = [f"network   {manifest['selected']['assembly']}", f"latency   {_latency_text(manifest)}"]
+    if accuracy.get("heldout") is not None:
+        best = accuracy.get("best_intact_within_budget")
+        beside = f"; best intact donor within the budget: {best['donor']} {best['heldout']:.4f}" if best else ""
+        lines.append(f"accuracy  {accuracy['heldout']:.4f} held-out, no training{beside}")
+    folder = Path(manifest["artifacts"]["manifest.json"]).parent
+    lines.append(f"bundle    {folder}")
+    if manifest["status"] == "unmeasured":
+        lines.append(f"not measured: on {manifest['target']['name']}, run derc build {folder}")
+    return lines
+
+
+def _latency_text(manifest: dict[str, Any]) -> str:
+    latency, budget = manifest["latency"], manifest["budget"]["latency_ms"]
+    limit = f" (budget {budget:g} ms)" if budget is not None else ""
+    low, high = latency["ci95_ms"] or (None, None)
+    if latency["measured_ms"] is not None:
+        return f"{latency['measured_ms']:.3f} ms measured, 95% interval {low:.3f} to {high:.3f}{limit}"
+    ms = latency["recorded_ms"] or latency["predicted_ms"]
+    return f"{ms:.3f} ms {latency['provenance']}, {low:.3f} to {high:.3f}{limit}" if ms is not None else "not known"
+
+
 def summarise(outcome: Outcome, started: float) -> dict[str, Any]:
     """Write the bundle; returns its manifest with `artifacts`, the paths of its files."""
     start = time.perf_counter()
@@ -60,25 +87,39 @@ def summarise(outcome: Outcome, started: float) -> dict[str, Any]:
     return write_network(Path(outcome.settings.output), _files(outcome), manifest)
 
 
-def write_network(output: Path, files: dict[str, bytes], manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write a bundle of these files and its report; returns its manifest with `artifacts`, the paths of its files."""
+def write_network(
+    output: Path, files: dict[str, bytes], manifest: dict[str, Any], *, over: bool = False
+) -> dict[str, Any]:
+    """Write a bundle of these files and its report; returns its manifest with `artifacts`, the paths of its files.
+
+    With `over` it takes the place of the bundle at `output`.
+    """
     listed = {**manifest, "files": {name: bundle.sha256(data) for name, data in sorted(files.items())}}
     files = {**files, "report.html": render(listed).encode()}
-    sealed = bundle.write(output, files, manifest)
+    sealed = bundle.write(output, files, manifest, over=over)
     return {**sealed, "artifacts": {name: str(output / name) for name in (*sorted(files), bundle.MANIFEST)}}
 
 
 def _files(outcome: Outcome) -> dict[str, bytes]:
     plan = plan_graph(outcome.chosen.assembly, outcome.search.cuts.donors)
     script = reproduce("Compiles", outcome.command)
-    return {
-        **network_files(outcome.emitted, outcome.shipped, outcome.context.engine.suffix, plan),
-        "reproduce.sh": script,
-    }
+    shipped = outcome.shipped
+    files = network_files(outcome.emitted, shipped, outcome.context.engine.suffix, plan)
+    samples = sample_lines(outcome.search.table.samples | shipped.samples).encode()
+    if outcome.settings.emit == "triton":
+        files |= served(files, target_of(outcome.context)["engine"])
+    return {**files, "samples.jsonl": samples, "reproduce.sh": script}
+
+
+def served(files: Mapping[str, bytes], described: Mapping[str, str]) -> dict[str, bytes]:
+    """The Triton model repository of a network's `files`, under triton/, for the engine that is `described`."""
+    engine = next((data for name, data in files.items() if Path(name).stem == "engine"), None)
+    repository = model_repository(files["model.onnx"], engine, described)
+    return {f"triton/{name}": data for name, data in repository.items()}
 
 
 def network_files(emitted: Emitted, shipped: Shipped, suffix: str, plan: Graph) -> dict[str, bytes]:
-    """The network in all its forms: source, weights, ONNX, an engine whose name ends in `suffix` and lock, plan."""
+    """The network in all its forms: source, weights, ONNX, plan, and, where it was built, `engine` + `suffix`, lock."""
     plan.verify()
     weights = {name: torch.from_numpy(value.copy()) for name, value in emitted.weights.items()}
     lock = {"engine.lock.json": shipped.lock.encode()} if shipped.lock else {}
@@ -86,7 +127,7 @@ def network_files(emitted: Emitted, shipped: Shipped, suffix: str, plan: Graph) 
         "model.py": emitted.source.encode(),
         "weights.safetensors": save(weights),
         "model.onnx": emitted.onnx.tobytes(),
-        f"engine{suffix}": shipped.engine.tobytes(),
+        **({f"engine{suffix}": shipped.engine.tobytes()} if len(shipped.engine) else {}),
         **lock,
         "plan.txt": print_graph(plan).encode(),
     }

@@ -167,14 +167,18 @@ def write(table: TableFile, path: Path, samples: Mapping[str, Iterable[float]] |
     """
     try:
         if samples:
-            lines = [
-                json.dumps({"name": name, "seconds": [float(value) for value in values]})
-                for name, values in samples.items()
-            ]
-            replace_file(samples_path(path), "\n".join([*lines, ""]))
+            replace_file(samples_path(path), sample_lines(samples))
         replace_file(path, text(table))
     except OSError as error:
         raise UsageError(f"the latency table cannot be written to {path}: {error.strerror}") from error
+
+
+def sample_lines(samples: Mapping[str, Iterable[float]]) -> str:
+    """Raw samples as JSON lines, seconds in order of time, one line for each thing that was measured."""
+    lines = (
+        json.dumps({"name": name, "seconds": [float(value) for value in values]}) for name, values in samples.items()
+    )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def samples_path(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 
 NEGLIGIBLE = CutDonors().negligible
+STAND_IN = "onnxruntime"
+"""The engine that computes, on this processor, for a device that is not here."""
 
 
 class LiveDonors(Mapping[str, Lowered]):
@@ -100,19 +103,37 @@ def open_data(settings: CompileSettings, zoo: Zoo, console: Console) -> Data:
 
 
 def open_context(settings: CompileSettings, console: Console) -> Context:
-    """Everything a compile needs, checked; raises a DercError naming what is missing."""
+    """Everything that measuring on the target needs, checked, with the first of the engines asked for.
+
+    Raises a DercError naming what is missing, the device too.
+    """
+    context = open_contexts(settings, console)[0]
+    context.target.require()
+    return context
+
+
+def open_contexts(settings: CompileSettings, console: Console) -> tuple[Context, ...]:
+    """Everything a compile needs, checked, once for each engine asked for; raises a DercError naming what is missing.
+
+    Where the target is not here, ONNX Runtime on this processor computes in place of its engines.
+    """
     if settings.lacks_data:
         raise UsageError(f"--data is missing: the zoo {settings.zoo} needs images, give folder:PATH or npz:PATH")
     target = Target.load(settings.target, threads=settings.threads, batch=settings.batch)
-    target.require()
-    solver = choose(settings.solver)
-    engine = registry.open_engine(target.engine, target.threads)
-    precisions = lower_precisions(engine, settings.precisions)
+    targets = [replace(target, engine=spec) for spec in settings.engines or (target.engine,)]
+    for one in targets:
+        registry.known_engine(one.engine)
+    solver, present = choose(settings.solver), target.present
+    engines = [registry.open_engine(one.engine if present else STAND_IN, one.threads * present) for one in targets]
+    precisions = [lower_precisions(engine, settings.precisions) for engine in engines]
     store = Store.default(say=console.say, on_damage=console.say)
     zoo = open_zoo(settings, store, console)
     data = open_data(settings, zoo, console)
     lowered = LiveDonors(zoo, NEGLIGIBLE)
-    return Context(zoo, data, target, store, engine, solver, lowered, console, settings.seed, precisions)
+    return tuple(
+        Context(zoo, data, one, store, engine, solver, lowered, console, settings.seed, lower)
+        for one, engine, lower in zip(targets, engines, precisions, strict=True)
+    )
 
 
 def lower_precisions(engine: Engine, asked: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from derc import enginelock
-from derc.artifacts import Array, Emitted, Latency, Parity, Shipped, digest
+from derc.artifacts import Array, Emitted, Parity, Shipped, digest
 from derc.emitted import realise
 from derc.engine import PRECISIONS, Session
 from derc.errors import ParityError, PrecisionError
 from derc.judge import run_all
-from derc.measure import MeasureOptions, measure
+from derc.measure import Measurement, MeasureOptions, measure
 from derc.pipeline import Context
 from derc.printing import Printed
 from derc.registry import open_engine
@@ -68,50 +68,57 @@ class Package:
             session = context.engine.load(built)
             try:
                 parity = self._parity(context, emitted, session)
-                latency, beside, noise = self._measure(context, session, anchor)
+                measured = self._measure(context, session, anchor)
                 placement = session.placement()
             finally:
                 session.close()
-            engine, lock = np.frombuffer(built.read_bytes(), dtype=np.uint8), enginelock.place(built)
-            text = lock.read_text(encoding="utf-8") if lock.exists() else ""
-        return Shipped(engine, parity, latency, beside, noise, placement, text)
+            engine = np.frombuffer(built.read_bytes(), dtype=np.uint8)
+            text = enginelock.beside(built, context.engine.describe(), "+".join(emitted.precisions))
+        timings = measured.timings
+        return Shipped(
+            engine,
+            parity,
+            timings["network"].latency(),
+            timings["anchor"].latency(),
+            measured.noise,
+            placement,
+            text,
+            {name: np.array(timing.samples) for name, timing in timings.items()},
+        )
 
-    def _measure(self, context: Context, session: Session, anchor: bytes) -> tuple[Latency, Latency, float]:
-        """Latencies of the network and of the anchor in the same rounds, and the A/A noise."""
+    def _measure(self, context: Context, session: Session, anchor: bytes) -> Measurement:
+        """The network and the anchor in the same rounds."""
         beside = context.builder.session(anchor, "the anchor")
         try:
             calls = {"network": session.time, "anchor": beside.time}
             options = MeasureOptions(limit_s=self.limit_s)
-            measured = measure(calls, options, anchor="anchor", track=context.console.track)
+            return measure(calls, options, anchor="anchor", track=context.console.track)
         finally:
             beside.close()
-        return measured.timings["network"].latency(), measured.timings["anchor"].latency(), measured.noise
 
     def _parity(self, context: Context, emitted: Emitted, built: Session) -> Parity:
         """Raises ParityError beyond the tolerance, PrecisionError where a lower precision gives NaN or infinity."""
-        precision = coarsest((context.engine.precisions[0], *emitted.precisions))
+        precision, model = coarsest((context.engine.precisions[0], *emitted.precisions)), emitted.onnx.tobytes()
         count = self.images if precision == "fp32" else self.more_images
         images = next(iter(context.data.probe.batches(count)))[0]
-        network = realise(Printed(emitted.source, {n: torch.from_numpy(w.copy()) for n, w in emitted.weights.items()}))
-        plain = None if set(emitted.precisions) & set(UNREFERENCED) else plain_run(context, emitted, images.numpy())
-        parity = compare(
-            outputs(network, images), plain, run_all(built, images.numpy(), context.target.batch), precision
-        )
+        alone, batch = set(emitted.precisions) & set(UNREFERENCED), context.target.batch
+        plain = None if alone else plain_run(model, batch, images.numpy())
+        parity = compare(outputs(realised(emitted), images), plain, run_all(built, images.numpy(), batch), precision)
         check(parity)
         return parity
 
 
-def plain_run(context: Context, emitted: Emitted, images: Array) -> Array:
-    """What ONNX says of the model: the answers of ONNX Runtime on the processor without any optimisation.
+def plain_run(model: bytes, batch: int, images: Array) -> Array:
+    """What ONNX says of the `model` for `batch` images at a time: what ONNX Runtime answers without any optimisation.
 
     Raises MissingDependencyError where ONNX Runtime is absent.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        path.write_bytes(emitted.onnx.tobytes())
+        path.write_bytes(model)
         session = open_engine("onnxruntime").load(path)
         try:
-            return run_all(session, images, context.target.batch)
+            return run_all(session, images, batch)
         finally:
             session.close()
 
@@ -161,6 +168,11 @@ def check(parity: Parity) -> None:
             f"two forms of the network answer {parity.agreement:.0%} of the probe images alike, under "
             f"{parity.least_agreement:.0%}: leave the lower precision out, or update the runtime"
         )
+
+
+def realised(emitted: Emitted) -> nn.Module:
+    """The module that model.py makes."""
+    return realise(Printed(emitted.source, {n: torch.from_numpy(w.copy()) for n, w in emitted.weights.items()}))
 
 
 @torch.no_grad()

@@ -163,7 +163,8 @@ class Profile:
                 f"in {measured.wall_s:.0f} s and keep wider intervals (A/A difference {measured.noise:.1%})"
             )
         found = measured.timings[anchor].latency()
-        if found.high_ms - found.low_ms > 2 * NOISY * found.ms:
+        enough = found.samples >= MeasureOptions.min_samples
+        if enough and found.high_ms - found.low_ms > 2 * NOISY * found.ms:
             raise UnstableError(
                 f"the machine is too noisy to measure on: {anchor} takes between {found.low_ms:.3f} and "
                 f"{found.high_ms:.3f} ms after {found.samples} samples; stop other work on it, or give more time with "

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from derc import compiler
+from derc import shipping
 from derc.artifacts import Assembly, BlockRef, Latency, LatencyTable, StitchedAssembly
 from derc.console import Console
 from derc.errors import UnstableError
@@ -20,7 +20,7 @@ from tests.world import make_context
 @pytest.fixture
 def shipped(tmp_path, monkeypatch, capsys):
     """A function from (known ms of the anchor, budget) to what was measured and said."""
-    monkeypatch.setattr(compiler, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(shipping, "PAUSES_S", (0.0, 0.0))
     context = replace(make_context(tmp_path, "resnet"), console=Console())
     units = len(context.lowered["resnet"].units)
     emitted = Emit().run(context, StitchedAssembly(Assembly((BlockRef("resnet", 0, units, 0),)), (), ()))
@@ -28,7 +28,7 @@ def shipped(tmp_path, monkeypatch, capsys):
     def run(known, budget):
         table = LatencyTable("cpu", {}, {"resnet": Latency(known, known, known)}, {}, {}, 0.0)
         search = SimpleNamespace(context=context, table=table, select=Select(latency_ms=budget))
-        found = compiler._measured(search, emitted, 1.0, Timings())
+        found = shipping._measured(search, emitted, 1.0, Timings())
         return found, capsys.readouterr().err.count("measuring again")
 
     return run

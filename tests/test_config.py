@@ -105,7 +105,7 @@ def test_the_template_is_commented_whole_and_its_settings_are_the_defaults(tmp_p
     (tmp_path / "derc.toml").write_text(bare)
     settings = resolve({}, {}, tmp_path)
     assert set(tomllib.loads(bare)) == set(KEYS)
-    examples = {*BUDGETS, "checkpoint", "input_size", "profile_s"}
+    examples = {*BUDGETS, "checkpoint", "input_size", "profile_s", "engine", "emit"}
     defaults = CompileSettings()
     for key in set(KEYS) - examples:
         assert getattr(settings, key) == getattr(defaults, key), key

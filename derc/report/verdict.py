@@ -41,6 +41,8 @@ def latency_of(manifest: Mapping[str, Any]) -> tuple[float | None, str]:
     latency = manifest.get("latency") or {}
     if known(latency.get("measured_ms")):
         return latency["measured_ms"], latency.get("provenance") or "measured"
+    if known(latency.get("recorded_ms")):
+        return latency["recorded_ms"], "recorded"
     if known(latency.get("predicted_ms")):
         return latency["predicted_ms"], "predicted"
     return None, ""
