@@ -1,6 +1,6 @@
 """Latency tables: how near the prediction of a whole network from its parts comes, what a table costs, how it repeats.
 
-    python benchmarks/latency.py [--quick] [--engines onnxruntime,openvino,inductor] [--json result.json]
+    python benchmarks/latency.py [--quick] [--engines onnxruntime,openvino,inductor] [--once] [--json result.json]
 
 Networks of several families at 224 × 224, batch 1, random weights, cut into four blocks of about equal MACs, go through
 the profile pass as they are. Two protocols, both on networks that the fit has not seen, measured in the same rounds:
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ NETWORKS = (
     "swin_tiny_patch4_window7_224",
 )
 QUICK = ("mobilenetv3_large_100", "efficientnet_b0", "regnety_008", "convnext_atto", "vit_tiny_patch16_224")
-ENGINES = "onnxruntime,openvino,inductor"
+ENGINES, QUICK_ENGINES = "onnxruntime,openvino,inductor", "onnxruntime,openvino"
 FITTED, UNSEEN = 24, 40
 NEAR = 0.1
 
@@ -89,7 +90,7 @@ def even(name: str, cuts: CutZoo, blocks: int) -> tuple[BlockRef, ...]:
         near = int(np.abs(done - block / blocks).argmin()) + 1
         stops.append(min(max(near, stops[-1] + 1), len(units) - blocks + block))
     stops.append(len(units))
-    return tuple(BlockRef(name, a, b, k) for k, (a, b) in enumerate(zip(stops, stops[1:], strict=False)))
+    return tuple(BlockRef(name, a, b, k) for k, (a, b) in enumerate(pairwise(stops)))
 
 
 def untrained(names: tuple[str, ...]) -> Zoo:
@@ -273,13 +274,14 @@ def text(summaries: list[dict[str, Any]]) -> str:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Five networks, ONNX Runtime and OpenVINO, 12 + 12 assemblies, no growth.")
-@click.option("--engines", default=ENGINES, show_default=True)
+@click.option("--quick", is_flag=True, help="Five networks, 12 + 12 assemblies, no growth.")
+@click.option("--engines", help=f"Default: {ENGINES}; with --quick {QUICK_ENGINES}.")
+@click.option("--once", is_flag=True, help="Do not measure the first engine's table again, nor the growth.")
 @click.option("--json", "output", type=click.Path(path_type=Path))
-def main(quick: bool, engines: str, output: Path | None) -> None:
+def main(quick: bool, engines: str | None, once: bool, output: Path | None) -> None:
     """Measure, predict, compare; print a table, and write everything as JSON."""
     names, fitted, unseen = (QUICK, 12, 12) if quick else (NETWORKS, FITTED, UNSEEN)
-    chosen = [e for e in engines.split(",") if not (quick and e == "inductor")]
+    chosen = (engines or (QUICK_ENGINES if quick else ENGINES)).split(",")
     summaries, left_out, repeated = [], {}, {}
     for engine in chosen:
         try:
@@ -291,10 +293,10 @@ def main(quick: bool, engines: str, output: Path | None) -> None:
         click.echo(
             text([summary]) + f"\nprofile {summary['wall_s']:.0f} s, {summary['profile_overhead']:.2f} of its runs"
         )
-        if engine == chosen[0]:
+        if engine == chosen[0] and not once:
             fresh = replace(world.context, store=Store(Path(tempfile.mkdtemp(prefix="derc-latency-"))))
             repeated = agreement(table, measured(replace(world, context=fresh), Profile(networks=fitted + unseen))[0])
-    grown = [] if quick else growth()
+    grown = [] if quick or once else growth()
     result = {
         "machine": machine(),
         "protocol": {"networks": names, "fitted": fitted, "unseen": unseen, "quick": quick, "left_out": left_out},
