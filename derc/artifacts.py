@@ -303,6 +303,8 @@ class Parity:
     relative: bool = False
     agreement: float = 1.0
     least_agreement: float = 0.0
+    engine_tolerance: float | None = None
+    """What is allowed between ONNX and engine, where that is less than `tolerance`."""
 
 
 @dataclass(frozen=True)

@@ -129,13 +129,18 @@ class Search:
             except DercError as error:
                 if isinstance(error, MissingDependencyError) or not differs(self.context, assembly):
                     raise
-                self.context.console.say(f"{assembly} is left out: {error}")
-                self.failed[assembly] = str(error)
+                self.refuse(assembly, str(error))
                 continue
             predicted = candidate.predicted or self.select.predict(
                 assembly, self.cuts, self.embedded, self.partition, self.table, self.knowledge
             )
             self.judged[assembly] = Judged(one, scores, predicted)
+
+    def refuse(self, assembly: Assembly, reason: str) -> None:
+        """Leave an assembly out from now on."""
+        self.context.console.say(f"{assembly} is left out: {reason}")
+        self.judged.pop(assembly, None)
+        self.failed[assembly] = reason
 
     def record(self, assembly: Assembly, latency: Latency) -> None:
         """Keep a whole-network measurement, which the next solve takes into account."""

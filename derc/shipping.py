@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from derc.artifacts import Emitted, Latency, LatencyTable, Shipped
-from derc.errors import InfeasibleError, UnstableError
+from derc.errors import InfeasibleError, ParityError, UnstableError
 from derc.learnt import margin_from
 from derc.passes.emit import Emit
 from derc.passes.package import Package, check, coarsest, compare, outputs, plain_run, realised
@@ -50,8 +50,9 @@ def margin_of(table: LatencyTable) -> float:
 def ship(searches: Sequence[Search], measure_s: float, timings: Timings) -> Shipment:
     """Build and measure the best network; where it is over budget, select again with that knowledge.
 
-    `measure_s` is what the profile may take; one network gets half of it. Where the target is not here, the network
-    that is predicted to be the best is shipped as it is. Raises InfeasibleError where none fits.
+    `measure_s` is what the profile may take; one network gets half of it. A network that the engine computes wrongly in
+    a lower precision is passed over. Where the target is not here, the network that is predicted to be the best is
+    shipped as it is. Raises InfeasibleError where none fits.
     """
     fastest: Shipment | None = None
     for _ in range(ATTEMPTS):
@@ -62,7 +63,13 @@ def ship(searches: Sequence[Search], measure_s: float, timings: Timings) -> Ship
         emitted = execute(Emit(), search.context, chosen.stitched, timings=timings)
         if not search.context.target.present:
             return Shipment(search, chosen, emitted, _foreseen(search, chosen, emitted), None)
-        shipped, budget = _measured(search, emitted, measure_s, timings), search.select.latency_ms
+        try:
+            shipped, budget = _measured(search, emitted, measure_s, timings), search.select.latency_ms
+        except ParityError as error:
+            if chosen.assembly.plain is chosen.assembly:
+                raise
+            search.refuse(chosen.assembly, str(error))
+            continue
         search.record(chosen.assembly, shipped.latency)
         if budget is None or shipped.latency.high_ms <= budget:
             return Shipment(search, search.judged[chosen.assembly], emitted, shipped, True)
