@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import platform
 import sys
 import tempfile
@@ -30,8 +29,6 @@ from derc.errors import DercError, IntegrityError, MissingDependencyError, Preci
 
 T = TypeVar("T")
 TELEMETRY = "openvino_telemetry"
-ORT_SWITCH = "ORT_DISABLE_TELEMETRY"
-"""ONNX Runtime looks at this variable when it is imported."""
 
 
 @contextmanager
@@ -282,7 +279,6 @@ def _quantised(nncf: Any, model: bytes, samples: Sequence[Array]) -> bytes:
 def _nncf() -> Any:
     """NNCF, imported without a trace: no telemetry, no chatter, no logger class of its own for everybody."""
     kind = logging.getLoggerClass()
-    os.environ.setdefault(ORT_SWITCH, "1")
     try:
         with _private(), _quiet():
             import nncf

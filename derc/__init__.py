@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from derc.version import VERSION
+
+# ONNX Runtime looks at it when it is first imported: without, that alone writes to the home folder.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = VERSION
 __all__ = ["Data", "DercError", "Target", "Zoo", "compile", "load", "lower"]
