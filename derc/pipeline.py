@@ -17,6 +17,7 @@ from derc.building import Builder
 from derc.console import Console
 from derc.engine import Engine
 from derc.milp import Solver
+from derc.threads import cores
 
 if TYPE_CHECKING:
     from derc.data import Data
@@ -65,8 +66,8 @@ class Context:
 
     @cached_property
     def builder(self) -> Builder:
-        """Builds with `engine` in a child process, started at the first build."""
-        return Builder(self.engine)
+        """Builds with `engine` in child processes, started at the first builds; one for each core, up to four."""
+        return Builder(self.engine, workers=min(cores(), 4))
 
 
 class Pass(Protocol[Out]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,12 +24,13 @@ from derc.artifacts import (
     digest,
 )
 from derc.engine import Session
-from derc.errors import BuildError, DercError, MissingDependencyError, UnstableError, UsageError
+from derc.errors import DercError, MissingDependencyError, UnstableError, UsageError
 from derc.measure import Measurement, MeasureOptions, measure
 from derc.pipeline import Context
 from derc.prediction import predict, wholes
-from derc.reuse import Timed, key_of, links, scaled, slowdown
+from derc.reuse import Timed, scaled, slowdown
 from derc.sampling import sample, stitches
+from derc.sessions import Part, open_parts
 from derc.slices import Slices
 from derc.stitch_latency import predict as predict_stitches
 from derc.stitch_latency import spread, stitch_shapes
@@ -41,17 +42,6 @@ NOISY = 0.25
 
 Variants = dict[BlockRef, list[Array]]
 """Blocks in lower precisions, with what flows into each."""
-Part = Callable[[], bytes]
-"""Makes the ONNX model of something that is measured."""
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """Sessions, latencies known from before, and the keys under which latencies are kept, by kind and name."""
-
-    sessions: dict[str, Session]
-    known: dict[str, Timed]
-    keys: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -129,7 +119,7 @@ class Profile:
         """Latencies of all parts: those known of this device, where it still is as it was, and new ones."""
         with ExitStack() as stack:
             compared = {f"block {block}" for variant in variants for block in (variant, variant.plain)}
-            opened = _open(context, stack, parts, failed, self.options(context.seed), compared)
+            opened = open_parts(context, stack, parts, failed, self.options(context.seed), compared)
             distortion = _distortions(variants, opened.sessions)
             measured = self._measure(context, opened.sessions, anchor)
             fresh = [name for name in opened.sessions if name not in opened.known]
@@ -138,7 +128,7 @@ class Profile:
                 context.console.say(
                     "profile: the machine is not as it was when parts were measured: measuring all anew"
                 )
-                sessions = _open(context, stack, parts, failed, None).sessions
+                sessions = open_parts(context, stack, parts, failed, None).sessions
                 measured, fresh, factor = self._measure(context, sessions, anchor), list(sessions), 1.0
             timed = scaled(fresh, measured.timings, factor)
         for name in [name for name, one in timed.items() if one.latency.stable and opened.keys[name]]:
@@ -202,48 +192,6 @@ def _models(
 
 def _of(kind: str, known: Mapping[str, Latency]) -> dict[str, Latency]:
     return {name.removeprefix(f"{kind} "): ms for name, ms in known.items() if name.startswith(f"{kind} ")}
-
-
-def _open(
-    context: Context,
-    stack: ExitStack,
-    parts: Mapping[str, Part],
-    failed: dict[str, str],
-    options: MeasureOptions | None,
-    compared: Set[str] = frozenset(),
-) -> _Opened:
-    """A session, built in a child, for each part whose latency is not known, and for some that are, as links.
-
-    Nothing counts as known without `options`, those of the measurement, nor what is `compared`. Why a build failed goes
-    to `failed`, by the part's own name. Raises BuildError where no donor is left.
-    """
-    opened = _Opened({}, {}, {})
-    for name in context.console.track(parts, "build", len(parts)):
-        model = parts[name]()
-        opened.keys[name] = key_of(context, model, options) if options and name not in compared else ""
-        timed = context.store.get(opened.keys[name], Timed) if opened.keys[name] else None
-        if timed is None:
-            _build(context, stack, name, model, opened, failed)
-        else:
-            opened.known[name] = timed
-    for name in links(opened.known):
-        _build(context, stack, name, parts[name](), opened, failed)
-    if not any(name.startswith("donor ") for name in {**opened.sessions, **opened.known}):
-        raise BuildError(f"no donor could be built: {next(iter(failed.values()))}")
-    return opened
-
-
-def _build(
-    context: Context, stack: ExitStack, name: str, model: bytes, opened: _Opened, failed: dict[str, str]
-) -> None:
-    try:
-        opened.sessions[name] = context.builder.session(model, name)
-        stack.callback(opened.sessions[name].close)
-    except MissingDependencyError:
-        raise
-    except DercError as error:
-        failed[name.partition(" ")[2]] = str(error)
-        context.console.say(f"{name} is left out: {error}")
 
 
 @torch.no_grad()
