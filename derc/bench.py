@@ -28,14 +28,16 @@ def bench_bundle(folder: Path, limit_s: float, console: Console) -> dict[str, An
     manifest = bundle.verify(folder)
     described = manifest["target"]["engine"]
     spec = ":".join(part for part in (described["engine"], described.get("variant")) if part)
-    engine: Engine = registry.open_engine(spec, int(described["threads"]))
+    engine: Engine = registry.open_engine(spec, int(described.get("threads", 0)))
     batch = int(manifest["target"]["batch"])
     with ExitStack() as stack:
         calls: dict[str, Callable[[], float]] = {}
         session = load_engine(folder, engine)
         stack.callback(session.close)
         calls["engine"] = session.time
-        calls["eager PyTorch"] = stack.enter_context(_Eager(bundle.load(folder), manifest, int(described["threads"])))
+        calls["eager PyTorch"] = stack.enter_context(
+            _Eager(bundle.load(folder), manifest, int(described.get("threads", 0)))
+        )
         missing = _add_donors(calls, stack, engine, manifest, batch, console)
         measured = measure(calls, MeasureOptions(limit_s=limit_s), anchor="engine", track=console.track)
     return _result(manifest, measured, engine.describe(), missing)

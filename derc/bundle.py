@@ -71,14 +71,16 @@ def _put(folder: Path, output: Path) -> None:
         folder.replace(output)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)) / "before"
-    output.replace(aside)
     try:
+        output.replace(aside)
         folder.replace(output)
-    except OSError:
-        aside.replace(output)
+    except BaseException:  # an interruption, too, must not cost the bundle that was there
+        if aside.exists() and not output.exists():
+            aside.replace(output)
         raise
     finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+        if output.exists():
+            shutil.rmtree(aside.parent, ignore_errors=True)
 
 
 def sha256(data: bytes) -> str:

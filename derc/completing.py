@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -39,7 +40,8 @@ def build_bundle(folder: Path, limit_s: float, console: Console) -> dict[str, An
     """
     manifest = bundle.verify(folder)
     described, batch = manifest["target"]["engine"], int(manifest["target"]["batch"])
-    target = Target.load(manifest["target"]["name"], threads=int(described.get("threads", 0)), batch=batch)
+    named = manifest["target"].get("file") or manifest["target"]["name"]
+    target = Target.load(named, threads=int(described.get("threads", 0)), batch=batch)
     target.require()
     spec = ":".join(filter(None, (described["engine"], described.get("variant"))))
     engine = registry.open_engine(spec, int(described.get("threads", 0)))
@@ -110,13 +112,14 @@ def used_in(manifest: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _completed(manifest: dict[str, Any], shipped: Shipped, engine: Engine, status: str) -> dict[str, Any]:
     body = {name: value for name, value in manifest.items() if name not in ("files", "seal", "artifacts")}
-    predicted = manifest["latency"].get("predicted_ms")
+    before = manifest["latency"]
+    foreseen = {"foreseen": before.get("foreseen", before)}
     return {
         **body,
         "status": status,
         "built": datetime.now(UTC).isoformat(timespec="seconds"),
         "target": {**manifest["target"], "engine": engine.describe(), "present": True},
-        "latency": {**latency_of(shipped, predicted), "foreseen": manifest["latency"]},
+        "latency": latency_of(shipped, before.get("predicted_ms")) | foreseen,
         "parity": asdict(shipped.parity),
         "placement": shipped.placement,
     }
@@ -129,7 +132,9 @@ def _files(folder: Path, manifest: Mapping[str, Any], shipped: Shipped, engine: 
     files[f"engine{engine.suffix}"] = shipped.engine.tobytes()
     if shipped.lock:
         files["engine.lock.json"] = shipped.lock.encode()
-    files["samples.jsonl"] = files.get("samples.jsonl", b"") + sample_lines(shipped.samples).encode()
-    if any(name.startswith("triton/") for name in manifest["files"]):
+    earlier = files.get("samples.jsonl", b"").splitlines(keepends=True)
+    others = [line for line in earlier if json.loads(line)["name"] not in shipped.samples]
+    files["samples.jsonl"] = b"".join(others) + sample_lines(shipped.samples).encode()
+    if manifest.get("emit") == "triton":
         files |= served(files, engine.describe())
     return files

@@ -35,6 +35,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
             "left_out": dict(outcome.context.zoo.left_out),
         },
         "input": {"shape": list(first.type.shape), "range": [0, 1]},
+        "emit": outcome.settings.emit,
         "budget": {n: getattr(outcome.settings, n) for n in ("latency_ms", "params_m", "macs_g", "memory_mb")},
         "selected": _selected(outcome),
         "latency": latency_of(outcome.shipped, outcome.chosen.predicted["latency_ms"]),
@@ -57,7 +58,13 @@ def target_of(context: Context) -> dict[str, Any]:
     name, variant = parse(target.engine)
     absent = {"engine": name, "threads": str(target.threads), **({"variant": variant} if variant else {})}
     described = context.engine.describe() if target.present else absent
-    return {"name": target.name, "engine": described, "batch": target.batch, "present": target.present}
+    return {
+        "name": target.name,
+        "file": target.file,
+        "engine": described,
+        "batch": target.batch,
+        "present": target.present,
+    }
 
 
 def _selected(outcome: Outcome) -> dict[str, Any]:

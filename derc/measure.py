@@ -41,7 +41,8 @@ class MeasureOptions:
 
     With `level` each sample is divided by the machine's speed at its moment, as its neighbours of all candidates show
     it (see `drift`): medians then stand for one speed, the one that prevailed, and can be compared and added up on a
-    machine that changes its clock. Without, they are what a user of this machine gets.
+    machine that changes its clock, and intervals hold at that speed. Without, they are what a user of this machine
+    gets.
     """
 
     warmup_runs: int = 10
@@ -196,6 +197,18 @@ def drift(owners: Sequence[int], seconds: Sequence[float], window: int = 31) -> 
     return factor
 
 
+def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the median of `samples`, which are in order of time; open above where there are too few for one.
+
+    Samples that follow each other are alike where the machine's speed changes: the ranks are those of as many
+    independent samples as they are worth.
+    """
+    ordered = sorted(samples)
+    worth = len(ordered) / correlation_time(samples)
+    place = int(interval_rank(max(int(worth), 1), confidence) * len(ordered) / max(worth, 1))
+    return (ordered[place - 1], ordered[-place]) if place else (0.0, math.inf)
+
+
 @dataclass
 class _Series:
     """The samples of one candidate, in order of time: `levelled` those that count; `spent` seconds in all its runs."""
@@ -219,15 +232,8 @@ class _Series:
         return self.samples[-1]
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """Interval of the median in seconds; open above where there are too few samples for one.
-
-        Samples that follow each other are alike where the machine's speed changes: the ranks are those of as many
-        independent samples as they are worth.
-        """
-        ordered = sorted(self.levelled)
-        worth = len(ordered) / correlation_time(self.levelled)
-        place = int(interval_rank(max(int(worth), 1), confidence) * len(ordered) / max(worth, 1))
-        return (ordered[place - 1], ordered[-place]) if place else (0.0, math.inf)
+        """Interval of the median in seconds; see `median_interval`."""
+        return median_interval(self.levelled, confidence)
 
     def settled(self, options: MeasureOptions) -> bool:
         if len(self.levelled) < options.min_samples:

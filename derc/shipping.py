@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +79,8 @@ def ship(searches: Sequence[Search], measure_s: float, timings: Timings) -> Ship
         )
         if fastest is None or shipped.latency.ms < fastest.shipped.latency.ms:
             fastest = Shipment(search, search.judged[chosen.assembly], emitted, shipped, False)
-        search.explore(search.select.top)
+        with suppress(InfeasibleError):  # nothing more to propose: the fastest one that was built is the answer
+            search.explore(search.select.top)
     if fastest is None:
         raise InfeasibleError(f"no network fits the budgets: {_fastest(searches)}")
     return fastest

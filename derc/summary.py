@@ -20,7 +20,7 @@ from derc.outcome import Outcome, plan_graph
 from derc.report import render
 from derc.tables import sample_lines
 from derc.text import print_graph
-from derc.triton import model_repository
+from derc.triton import kind_of, model_repository
 from derc.version import VERSION
 
 RESULT = ("status", "target", "budget", "selected", "latency", "accuracy", "solver", "parity", "timings_s", "artifacts")
@@ -112,8 +112,13 @@ def _files(outcome: Outcome) -> dict[str, bytes]:
 
 
 def served(files: Mapping[str, bytes], described: Mapping[str, str]) -> dict[str, bytes]:
-    """The Triton model repository of a network's `files`, under triton/, for the engine that is `described`."""
+    """The Triton model repository of a network's `files`, under triton/, for the engine that is `described`.
+
+    Empty where Triton serves the engine's own file and that is not built yet: `derc build` adds it.
+    """
     engine = next((data for name, data in files.items() if Path(name).stem == "engine"), None)
+    if engine is None and not kind_of(described).portable:
+        return {}
     repository = model_repository(files["model.onnx"], engine, described)
     return {f"triton/{name}": data for name, data in repository.items()}
 

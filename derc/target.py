@@ -6,7 +6,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,13 +54,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Target:
-    """A device with an engine; `threads` 0 means the physical cores, `batch` is the static batch size."""
+    """A device with an engine; `threads` 0 means the physical cores, `batch` is the static batch size.
+
+    `file` is the path of the user's own description, where it was given by path.
+    """
 
     name: str
     engine: str = "onnxruntime"
     threads: int = 0
     batch: int = 1
     device: Device | None = None
+    file: str = field(default="", compare=False)
 
     @classmethod
     def load(cls, name: str, *, threads: int = 0, batch: int = 1, folder: Path | None = None) -> Target:
@@ -70,16 +74,16 @@ class Target:
         """
         folder = user_folder() if folder is None else folder
         if name.endswith(".toml") or os.sep in name:
-            described = read(Path(name))
+            described, file = read(Path(name)), str(Path(name).absolute())
         elif (path := found(folder).get(name)) is not None:
-            described = read(path)
+            described, file = read(path), ""
         else:
             known = found(folder)
             raise UsageError(
                 f"unknown target {name!r}, known: {', '.join(known)}{suggest(name, known)}; a file describes another: "
                 "--target path/to/mine.toml"
             )
-        return cls(described.name, described.engine, threads, batch, described.device())
+        return cls(described.name, described.engine, threads, batch, described.device(), file)
 
     @property
     def known(self) -> Device:

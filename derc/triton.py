@@ -86,12 +86,7 @@ def model_repository(
     `described` is what the engine says of itself, as the manifest has it under target. Raises UsageError where Triton
     has no backend for the engine, or the engine is not built yet.
     """
-    spec = ":".join(filter(None, (described.get("engine", ""), described.get("variant", ""))))
-    kind = KINDS.get(spec)
-    if kind is None:
-        raise UsageError(
-            f"Triton Inference Server has no backend for the engine {spec}: choose one of {', '.join(KINDS)}"
-        )
+    kind, spec = kind_of(described), _spec(described)
     if engine is None and not kind.portable:
         raise UsageError(f"the engine {spec} is not built yet, and Triton serves nothing else: run `derc build` first")
     source, sink = ends(model)
@@ -101,6 +96,21 @@ def model_repository(
     for file, data in _artifacts(kind, model, engine or b"").items():
         files[f"{name}/1/{file}"] = data
     return files
+
+
+def kind_of(described: Mapping[str, str]) -> Kind:
+    """How Triton runs the engine that is `described`; raises UsageError where it has no backend for it."""
+    kind = KINDS.get(_spec(described))
+    if kind is None:
+        raise UsageError(
+            f"Triton Inference Server has no backend for the engine {_spec(described)}: choose one of "
+            f"{', '.join(KINDS)}"
+        )
+    return kind
+
+
+def _spec(described: Mapping[str, str]) -> str:
+    return ":".join(filter(None, (described.get("engine", ""), described.get("variant", ""))))
 
 
 def write(folder: Path, output: Path, name: str = NAME) -> list[Path]:

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from derc import registry
+from derc import registry, triton
 from derc.artifacts import digest
 from derc.console import Console
 from derc.data import Data
 from derc.donor import Donor
-from derc.engine import Engine
+from derc.engine import Engine, parse
 from derc.errors import UsageError
 from derc.lowered import Lowered
 from derc.milp import choose
@@ -123,9 +123,12 @@ def open_contexts(settings: CompileSettings, console: Console) -> tuple[Context,
     targets = [replace(target, engine=spec) for spec in settings.engines or (target.engine,)]
     for one in targets:
         registry.known_engine(one.engine)
+        if settings.emit == "triton":
+            triton.kind_of(dict(zip(("engine", "variant"), parse(one.engine), strict=True)))
     solver, present = choose(settings.solver), target.present
     engines = [registry.open_engine(one.engine if present else STAND_IN, one.threads * present) for one in targets]
-    precisions = [lower_precisions(engine, settings.precisions) for engine in engines]
+    where = "here" if present else f"on this machine, which is not {target.name}"
+    precisions = [lower_precisions(engine, settings.precisions, where) for engine in engines]
     store = Store.default(say=console.say, on_damage=console.say)
     zoo = open_zoo(settings, store, console)
     data = open_data(settings, zoo, console)
@@ -136,7 +139,7 @@ def open_contexts(settings: CompileSettings, console: Console) -> tuple[Context,
     )
 
 
-def lower_precisions(engine: Engine, asked: tuple[str, ...]) -> tuple[str, ...]:
+def lower_precisions(engine: Engine, asked: tuple[str, ...], where: str = "here") -> tuple[str, ...]:
     """float32, which stands for the engine's own precision, and what else of `asked` a block may be rewritten to.
 
     Raises UsageError for a precision that the engine does not have.
@@ -146,6 +149,6 @@ def lower_precisions(engine: Engine, asked: tuple[str, ...]) -> tuple[str, ...]:
     if lacking:
         spec = ":".join(filter(None, (engine.name, engine.variant)))
         raise UsageError(
-            f"--precision {','.join(lacking)}: the engine {spec} computes in {', '.join(engine.precisions)} here"
+            f"--precision {','.join(lacking)}: the engine {spec} computes in {', '.join(engine.precisions)} {where}"
         )
     return ("fp32", *(name for name in asked if name not in ("fp32", own)))
