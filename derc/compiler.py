@@ -12,6 +12,7 @@ from derc import bundle
 from derc.artifacts import CutZoo, EmbeddedZoo, LatencyTable, LoweredZoo, Partition
 from derc.config import CompileSettings
 from derc.console import Console
+from derc.disturbances import check_quiet
 from derc.errors import InfeasibleError, OverBudgetError, UsageError
 from derc.measure import LEAST_LIMIT_S
 from derc.outcome import Outcome
@@ -51,7 +52,11 @@ def analyse(context: Context, settings: CompileSettings, timings: Timings) -> An
 
 
 def profile(context: Context, analysis: Analysis, settings: CompileSettings, timings: Timings) -> LatencyTable:
-    """The latency table of the partition's blocks on the context's target."""
+    """The latency table of the partition's blocks on the context's target.
+
+    Raises UnstableError where its GPU is used by others or throttled.
+    """
+    check_quiet(context.target, context.console.say)
     return execute(Profile(limit_s=settings.profile_s), context, analysis.cuts, analysis.partition, timings=timings)
 
 

@@ -17,6 +17,7 @@ from derc import bundle, enginelock, registry
 from derc.artifacts import Shipped
 from derc.building import Builder
 from derc.console import Console
+from derc.disturbances import check_quiet
 from derc.engine import Engine, Session
 from derc.errors import OverBudgetError, UnstableError
 from derc.judge import run_all
@@ -45,6 +46,7 @@ def build_bundle(folder: Path, limit_s: float, console: Console) -> dict[str, An
     target.require()
     spec = ":".join(filter(None, (described["engine"], described.get("variant"))))
     engine = registry.open_engine(spec, int(described.get("threads", 0)))
+    check_quiet(target, console.say)
     shipped = _built(folder, manifest, engine, limit_s, console)
     budget, latency = (manifest.get("budget") or {}).get("latency_ms"), shipped.latency
     if budget is not None and not latency.stable and latency.low_ms <= budget < latency.high_ms:

@@ -6,8 +6,8 @@ import importlib
 import importlib.util
 import os
 import platform
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,6 +68,20 @@ def _nvml() -> Any:
     except nvml.NVMLError:
         return None
     return nvml
+
+
+@contextmanager
+def nvml_handle(index: int = 0) -> Iterator[tuple[Any, Any] | None]:
+    """NVML and its handle of a GPU, or None where there are no bindings, no driver or no such GPU."""
+    nvml = _nvml()
+    if nvml is None:
+        yield None
+        return
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index) if index < nvml.nvmlDeviceGetCount() else None
+        yield (nvml, handle) if handle is not None else None
+    finally:
+        nvml.nvmlShutdown()
 
 
 def describe_machine(root: Path = Path("/"), *, gpu: bool = False) -> dict[str, str]:

@@ -39,7 +39,7 @@ NOT_IN_KEYS: tuple[str, ...] = (
     "doctor",
     "inspection",
 )
-NOT_IN_KEYS += ("completing", "shipping", "manifest", "outcome", "search", "summary", "version")
+NOT_IN_KEYS += ("completing", "disturbances", "shipping", "manifest", "outcome", "search", "summary", "version")
 NOT_IN_KEYS += ("cli_targets", "shelf", "tabling", "target_views")
 NOT_IN_KEYS += ("assembling", "planning", "recipe", "recipe_bundle")
 """Core modules that no pass's result depends on."""

@@ -28,7 +28,14 @@ ENGINES = {
     "tensorrt": "derc.backends.tensorrt:TensorRt",
 }
 SOLVERS = {"highs": "derc.backends.highs:Highs", "gurobi": "derc.backends.gurobi:Gurobi"}
-EXTRAS = {"onnxruntime": "cpu", "gurobipy": "gurobi", "tensorrt": "gpu", "openvino": "openvino", "pynvml": "gpu"}
+EXTRAS = {
+    "onnxruntime": "cpu",
+    "gurobipy": "gurobi",
+    "tensorrt": "gpu",
+    "openvino": "openvino",
+    "nncf": "openvino",
+    "pynvml": "gpu",
+}
 
 
 def known_engine(spec: str) -> None:
