@@ -1,0 +1,69 @@
+"""What is known of the donors before they are cut into blocks: graphs, cuts and units, similarities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from derc.ir import Graph, Value
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class LoweredZoo:
+    """The donors' graphs by donor name."""
+
+    graphs: dict[str, Graph]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What lies between two neighbouring cuts; costs for one image."""
+
+    params: int
+    macs: int
+    bytes: int
+    ops: int
+
+
+@dataclass(frozen=True)
+class CutDonor:
+    """`cuts[0]` is the input, `cuts[-1]` the output; `units[i]` lies between `cuts[i]` and `cuts[i + 1]`."""
+
+    cuts: tuple[Value, ...]
+    units: tuple[Unit, ...]
+
+
+@dataclass(frozen=True)
+class CutZoo:
+    donors: dict[str, CutDonor]
+
+
+@dataclass(frozen=True)
+class CutId:
+    """Cut number `cut` of a donor."""
+
+    donor: str
+    cut: int
+
+
+@dataclass(frozen=True)
+class EmbeddedZoo:
+    """Similarity of all pairs of cuts over the probe set.
+
+    `similarity[a, b]` in [0, 1] (float64) belongs to `index[a]`, `index[b]`. Every cut of every donor is in the index,
+    the input and the output too. `accuracy` is each task donor's own accuracy on the labelled probe set.
+    """
+
+    index: tuple[CutId, ...]
+    similarity: Array
+    images: int
+    estimator: str
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def position(self) -> dict[CutId, int]:
+        return {cut: row for row, cut in enumerate(self.index)}
