@@ -38,7 +38,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "emit": outcome.settings.emit,
         "budget": {n: getattr(outcome.settings, n) for n in ("latency_ms", "params_m", "macs_g", "memory_mb")},
         "selected": _selected(outcome),
-        "latency": latency_of(outcome.shipped, outcome.chosen.predicted["latency_ms"]),
+        "latency": latency_of(outcome.shipped, _predicted(outcome.chosen, outcome.search.table)),
         "prediction": _prediction(outcome.search.table),
         "accuracy": accuracies(outcome),
         "solver": _solver(outcome.search),
@@ -130,6 +130,15 @@ def _prediction(table: LatencyTable) -> dict[str, Any]:
     }
 
 
+def _predicted(one: Judged, table: LatencyTable) -> float | None:
+    """The prediction in ms; of a network that the table measured whole, the one that the others give."""
+    error = table.errors.get(str(one.assembly))
+    whole = {str(network.assembly): network.latency for network in table.networks}.get(str(one.assembly))
+    if one.assembly.intact:
+        whole = table.donors.get(one.assembly.blocks[0].donor)
+    return one.predicted["latency_ms"] if error is None or whole is None else whole.ms * (1 + error)
+
+
 def _solver(search: Search) -> dict[str, Any]:
     found = search.selection
     names = ("status", "objective", "bound", "gap")
@@ -176,7 +185,7 @@ def _candidate(one: Judged, outcome: Outcome) -> dict[str, Any]:
         "validation": one.scores.value if one.scores.labelled else None,
         "agreement": None if one.scores.labelled else one.scores.value,
         "naswot": one.scores.naswot,
-        "predicted_ms": one.predicted["latency_ms"],
+        "predicted_ms": _predicted(one, outcome.search.table),
         "measured_ms": one.measured.ms if one.measured and one.measured.provenance == "measured" else None,
     }
 
