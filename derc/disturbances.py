@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,12 @@ import psutil
 from derc.devices import nvml_handle
 from derc.errors import UnstableError
 from derc.target import Target
+from derc.threads import cores
 
 BUSY_GPU = 10
 """Utilisation of a GPU in per cent, before derc runs on it, from which on others use it."""
-BUSY_CPU = 0.5
-"""Load of the last minute, as a share of the cores, from which on other work disturbs."""
+BUSY_CPU = 0.25
+"""Share of the cores that other work may take before it is said."""
 THROTTLED = {
     "nvmlClocksEventReasonSwPowerCap": "its power limit",
     "nvmlClocksThrottleReasonHwSlowdown": "a hardware slow-down",
@@ -40,15 +42,25 @@ def check_quiet(target: Target, say: Callable[[str], None]) -> None:
         )
 
 
-def of_processor(load: float | None = None) -> tuple[str, ...]:
-    """Sentences on other work on this machine; `load` is that of the last minute, read where it is not given."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    load = psutil.getloadavg()[0] if load is None else load
-    if load <= BUSY_CPU * cores:
+def of_processor(busy: float | None = None) -> tuple[str, ...]:
+    """Sentences on other work on this machine; `busy` is the number of cores that it takes, looked at if not given."""
+    busy = others_cores() if busy is None else busy
+    if busy <= BUSY_CPU * cores():
         return ()
-    return (
-        f"other work loads this machine ({load:.1f} on {cores} cores over the last minute): latencies will scatter",
-    )
+    return (f"other work takes {busy:.1f} of {cores()} cores: latencies will scatter",)
+
+
+def others_cores(seconds: float = 0.5) -> float:
+    """How many cores other processes take, over `seconds`."""
+
+    def now() -> tuple[float, float]:
+        times = psutil.cpu_times()
+        return times.user + times.system + getattr(times, "nice", 0.0), sum(os.times()[:4])
+
+    every, own = now()
+    time.sleep(seconds)
+    every_later, own_later = now()
+    return max(every_later - every - (own_later - own), 0.0) / seconds
 
 
 def of_gpu(nvml: Any, handle: Any) -> tuple[str, ...]:

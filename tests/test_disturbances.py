@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from derc.disturbances import check_quiet, of_gpu, of_processor
+from derc.disturbances import check_quiet, of_gpu, of_processor, others_cores
 from derc.target import Target
 
 
@@ -59,9 +61,17 @@ def test_what_disturbs_is_named(state, says):
     assert all(text.startswith(start) for text, start in zip(found, says, strict=True))
 
 
-def test_load_is_said_and_no_error():
+def test_other_work_is_said_and_no_error():
     assert of_processor(0.0) == ()
-    assert "loads this machine (900.0 on" in of_processor(900.0)[0]
+    assert "other work takes 900.0 of" in of_processor(900.0)[0]
     said: list[str] = []
     check_quiet(Target.load("cpu"), said.append)
-    assert all("loads this machine" in sentence for sentence in said)
+    assert all("other work takes" in sentence for sentence in said)
+
+
+def test_other_processes_are_seen_and_derc_s_own_work_is_not():
+    before = others_cores()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        during = others_cores()
+        other.kill()
+    assert during > before + 0.3
