@@ -14,6 +14,8 @@ from derc.pipeline import Context, code_version
 
 LINKS = 5
 """Known parts that are measured again beside the new ones."""
+KEPT = 0.05
+"""Half-width of the interval, as a share, up to which a latency is kept."""
 APART = 1.1
 """Ratio of the links' slowdowns from which on the machine is another than before, and nothing old counts."""
 
@@ -30,6 +32,13 @@ def key_of(context: Context, model: bytes, options: MeasureOptions) -> str:
     """Where the latency of an ONNX model is kept: all its bytes, weights too, the runtime and the device decide."""
     how = replace(options, limit_s=None, seed=0)
     return digest(model, context.engine.describe(), how, code_version(measure.__module__))
+
+
+def worth_keeping(timed: Timed) -> bool:
+    """Whether a latency is known well enough to be used again: enough samples, and an interval within KEPT."""
+    latency = timed.latency
+    enough = latency.samples >= MeasureOptions.min_samples
+    return enough and latency.high_ms - latency.low_ms <= 2 * KEPT * latency.ms
 
 
 def links(known: Mapping[str, Timed], count: int = LINKS) -> tuple[str, ...]:

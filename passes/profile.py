@@ -28,7 +28,7 @@ from derc.errors import DercError, MissingDependencyError, UnstableError, UsageE
 from derc.measure import Measurement, MeasureOptions, measure
 from derc.pipeline import Context
 from derc.prediction import predict, wholes
-from derc.reuse import Timed, scaled, slowdown
+from derc.reuse import Timed, scaled, slowdown, worth_keeping
 from derc.sampling import sample, stitches
 from derc.sessions import Part, open_parts
 from derc.slices import Slices
@@ -131,7 +131,7 @@ class Profile:
                 sessions = open_parts(context, stack, parts, failed, None).sessions
                 measured, fresh, factor = self._measure(context, sessions, anchor), list(sessions), 1.0
             timed = scaled(fresh, measured.timings, factor)
-        for name in [name for name, one in timed.items() if one.latency.stable and opened.keys[name]]:
+        for name in [name for name, one in timed.items() if worth_keeping(one) and opened.keys[name]]:
             context.store.put(opened.keys[name], timed[name], note=f"latency of {name}")
         return _Found(
             {name: (opened.known | timed)[name] for name in parts if name in opened.known | timed}, measured, distortion
