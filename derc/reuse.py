@@ -12,12 +12,12 @@ from derc.artifacts import Array, Latency, digest
 from derc.measure import MeasureOptions, Timing, measure
 from derc.pipeline import Context, code_version
 
-LINKS = 5
+LINKS = 9
 """Known parts that are measured again beside the new ones."""
 KEPT = 0.05
 """Half-width of the interval, as a share, up to which a latency is kept."""
-APART = 1.1
-"""Ratio of the links' slowdowns from which on the machine is another than before, and nothing old counts."""
+APART = 0.05
+"""How far a link's slowdown may lie off the median of all, beyond what both intervals allow, before it disagrees."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,22 @@ def links(known: Mapping[str, Timed], count: int = LINKS) -> tuple[str, ...]:
 
 
 def slowdown(known: Mapping[str, Timed], timings: Mapping[str, Timing]) -> float | None:
-    """How many times slower the machine now is than when the links were measured; None where they do not agree."""
-    shared = [timings[name].median * 1e3 / known[name].latency.ms for name in known.keys() & timings.keys()]
+    """How many times slower the machine now is than when the links were measured: the median of theirs.
+
+    None where more than a third of them disagree with it: then the machine is another than before, and nothing old
+    counts.
+    """
+    shared = sorted(known.keys() & timings.keys())
     if not shared:
         return 1.0
-    return median(shared) if max(shared) <= APART * min(shared) else None
+    factor = median(timings[name].median * 1e3 / known[name].latency.ms for name in shared)
+    apart = sum(_disagrees(known[name].latency, timings[name].latency(), factor) for name in shared)
+    return factor if 3 * apart <= len(shared) else None
+
+
+def _disagrees(then: Latency, now: Latency, factor: float) -> bool:
+    low, high = then.low_ms * factor, then.high_ms * factor
+    return now.low_ms > high * (1 + APART) or now.high_ms * (1 + APART) < low
 
 
 def scaled(names: Iterable[str], timings: Mapping[str, Timing], factor: float) -> dict[str, Timed]:

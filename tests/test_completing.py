@@ -6,10 +6,12 @@ import json
 import shutil
 
 import pytest
+from click.testing import CliRunner
 
 import derc
 from derc import bundle
 from derc.bundle import MANIFEST
+from derc.cli import cli
 from derc.completing import build_bundle
 from derc.console import Console
 from derc.errors import (
@@ -41,6 +43,11 @@ launch = "measured"
 """
 HERE = ABSENT.replace('kind = "gpu"', 'kind = "cpu"').replace("[match]\ngpu = 'No such GPU'\n", "")
 QUICK = {"evaluations": 2, "probe": 64}
+
+
+def run(*words):
+    result = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +95,24 @@ def test_a_budget_that_nothing_meets_says_that_it_was_predicted(foreseen, device
     with pytest.raises(InfeasibleError, match="predicted"):
         derc.compile(zoo, "digits", target=str(device), latency_ms=1e-6, out=tmp_path / "o", **QUICK)
     assert not (tmp_path / "o").exists()
+
+
+def test_an_imported_table_makes_the_latency_recorded(foreseen, device, tmp_path, monkeypatch):
+    """Profiled on the device, imported where it is not: every latency of the compile there is the table's."""
+    table, zoo, flags = tmp_path / "table.json", str(foreseen[2]), ["--data", "digits", "--target", str(device)]
+    monkeypatch.setenv("DERC_CACHE", str(tmp_path / "device"))
+    device.write_text(HERE)
+    run("profile", "--zoo", zoo, *flags, "--probe", "64", "--profile-s", "4", "-o", str(table))
+    monkeypatch.setenv("DERC_CACHE", str(tmp_path / "laptop"))
+    device.write_text(ABSENT)
+    run("targets", "import", str(table))
+    result = derc.compile(zoo, "digits", target=str(device), latency_ms=20.0, out=tmp_path / "out", **QUICK)
+    assert result["status"] == "unmeasured" and result["latency"]["provenance"] == "recorded"
+    rows = {row["name"]: row["ms"] for row in json.loads(table.read_text())["entries"] if row["kind"] == "donor"}
+    intact = {one["assembly"]: one for one in bundle.verify(tmp_path / "out")["candidates"] if one["intact"]}
+    assert len(intact) == len(rows) == len(KEPT)
+    for name, one in intact.items():
+        assert one["predicted_ms"] == pytest.approx(rows[name.partition("[")[0]], rel=1e-3)
 
 
 def test_a_precision_that_the_stand_in_lacks_is_refused(foreseen, device, tmp_path):

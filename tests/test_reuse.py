@@ -12,7 +12,7 @@ from derc import deployed, reuse
 from derc.artifacts import CutZoo, Latency, Partition
 from derc.measure import MeasureOptions, Timing
 from derc.passes.profile import Profile
-from derc.reuse import Timed, key_of, links, scaled, slowdown
+from derc.reuse import LINKS, Timed, key_of, links, scaled, slowdown
 from tests.passes.test_profile import thirds
 from tests.world import make_context
 
@@ -51,7 +51,7 @@ def test_other_weights_or_shapes_never_share_a_latency(context):
 def test_links_span_the_latencies():
     known = {str(i): timed(float(i)) for i in range(1, 30)}
     chosen = links(known)
-    assert len(chosen) == 5 and {"1", "29"} <= set(chosen)
+    assert len(chosen) == LINKS and {"1", "29"} <= set(chosen)
     assert set(links({"a": timed(1.0)})) == {"a"} and links({}) == ()
 
 
@@ -60,6 +60,12 @@ def test_the_scale_is_that_of_the_links():
     assert slowdown(known, {"a": timing(1.4), "b": timing(2.8), "new": timing(9.0)}) == pytest.approx(1.4)
     assert slowdown(known, {"a": timing(1.0), "b": timing(2.8)}) is None
     assert slowdown({}, {"a": timing(1.0)}) == 1.0
+    one_off = {"a": timing(1.4), "b": timing(2.8), "c": timing(9.0)}
+    assert slowdown(known, one_off) == pytest.approx(1.4)
+    now = {name: timing(1.3 if name in "de" else 1.0) for name in "abcde"}
+    assert slowdown({name: timed(1.0) for name in now}, now) is None
+    vague = {name: Timed(Latency(1.0, 0.8, 1.5), np.ones(30)) for name in "de"}
+    assert slowdown({name: timed(1.0) for name in now} | vague, now) == pytest.approx(1.0)
     assert scaled(["new"], {"new": timing(7.0)}, 1.4)["new"].latency.ms == pytest.approx(5.0)
 
 
@@ -83,6 +89,6 @@ def test_a_machine_that_changed_is_measured_anew(context, monkeypatch):
     both = Partition({name: thirds(name, len(cuts.donors[name].units)) for name in FAMILIES}, 0.0, None, {})
     profile = Profile(max_stitches=4, networks=0, limit_s=3.0, precision=0.2)
     before = profile.run(context, cuts, both)
-    monkeypatch.setattr(reuse, "APART", 0.5)
+    monkeypatch.setattr(reuse, "APART", -1.0)
     after = profile.run(context, cuts, both)
     assert all(after.blocks[block] != before.blocks[block] for block in before.blocks)
