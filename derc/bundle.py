@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of renameat2(2): paths are relative to the working directory, and change places."""
 FILES = ("model.py", "weights.safetensors", "model.onnx", "plan.txt", "report.html", "reproduce.sh")
 """What every bundle holds besides the manifest and the engine."""
 
@@ -66,9 +70,15 @@ def write(output: Path, files: Mapping[str, bytes], manifest: dict[str, Any], *,
 
 
 def _put(folder: Path, output: Path) -> None:
-    """Move a whole bundle to `output`; what is there goes aside first, and comes back where the move fails."""
+    """Move a whole bundle to `output`, in one step with what is there where the system can exchange two folders.
+
+    Where it cannot, what is there goes aside first, and comes back where the move fails.
+    """
     if not output.exists():
         folder.replace(output)
+        return
+    if _exchange(folder, output):
+        shutil.rmtree(folder, ignore_errors=True)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)) / "before"
     try:
@@ -81,6 +91,14 @@ def _put(folder: Path, output: Path) -> None:
     finally:
         if output.exists():
             shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders of one file system change places (Linux, renameat2); whether that was possible."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    return bool(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
 
 
 def sha256(data: bytes) -> str:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ REQUIRED = ("numpy", "networkx", "torch", "torchvision", "timm", "onnx", "onnxsc
 TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 TENSORRT_MAJOR = 11
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve", "bf16")
+COMPILERS = ("g++", "clang++")
 GUROBI_FOLDERS = ("opt", "Library")
 LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/local/lib", "usr/local/tensorrt/lib")
 NO_GPU = "nothing to do for --target cpu; a GPU target needs an NVIDIA GPU with its driver"
@@ -60,6 +62,8 @@ def diagnose(root: Path = Path("/")) -> list[Finding]:
         _gurobi(root),
         _package("transformers", 'pip install "derc[hf]" for donors of transformers', "info"),
         _package("openvino", 'pip install "derc[openvino]" for the OpenVINO engine', "info"),
+        _package("nncf", 'pip install "derc[openvino]" for int8 on the OpenVINO engine', "info"),
+        _compiler(),
         _tensorrt(root),
         _nvidia(root),
         *_cpu(root),
@@ -132,6 +136,13 @@ def _onnxruntime() -> Finding:
         repair = f"pip install --force-reinstall {next(iter(found))}"
         return Finding("onnxruntime", False, f"{detail}, but its files are missing", repair)
     return Finding("onnxruntime", True, detail)
+
+
+def _compiler() -> Finding:
+    name = os.environ.get("CXX") or next((one for one in COMPILERS if shutil.which(one)), COMPILERS[0])
+    found = shutil.which(name)
+    remedy = "install g++, or name a C++ compiler in the variable CXX, for the inductor engine"
+    return Finding("compiler", found is not None, found or f"no {name}", remedy, "info")
 
 
 def _gurobi(root: Path) -> Finding:

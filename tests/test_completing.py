@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -167,7 +168,29 @@ def test_an_interruption_leaves_the_bundle_that_was_there(foreseen, tmp_path, mo
         return replace(self, target)
 
     monkeypatch.setattr(type(copy), "replace", interrupted)
+    monkeypatch.setattr(bundle, "_exchange", lambda one, other: False)
     with pytest.raises(error):
         bundle.write(copy, {"model.py": b"x"}, {"schema": bundle.SCHEMA}, over=True)
     assert bundle.verify(copy) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_bundle_takes_the_place_of_another(foreseen, tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(bundle, "_exchange", lambda one, other: False)
+    copy = tmp_path / "out"
+    shutil.copytree(foreseen[0], copy)
+    bundle.write(copy, {"model.py": b"x"}, {"schema": bundle.SCHEMA}, over=True)
+    assert {path.name for path in copy.iterdir()} == {"model.py", MANIFEST}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders change places in one step on Linux only")
+def test_two_folders_change_places_in_one_step(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert bundle._exchange(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a" / "b").exists() and (tmp_path / "b" / "a").exists()
+    assert not bundle._exchange(tmp_path / "a", tmp_path / "c")

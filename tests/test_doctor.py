@@ -28,6 +28,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("GRB_LICENSE_FILE", "LD_LIBRARY_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(psutil, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setitem(sys.modules, "pynvml", None)
     return tmp_path
 
@@ -67,9 +68,8 @@ def test_optional_things_are_no_faults(machine: Path, monkeypatch: pytest.Monkey
     findings = diagnose(machine)
     assert healthy(findings)
     missing = {finding.name: finding.severity for finding in findings if not finding.ok}
-    assert missing == dict.fromkeys(("gurobipy", "transformers", "openvino", "tensorrt", "nvidia"), "info") | {
-        name: "warning" for name in missing if name == "memory"
-    }
+    options = ("gurobipy", "transformers", "openvino", "nncf", "compiler", "tensorrt", "nvidia")
+    assert missing == dict.fromkeys(options, "info") | {name: "warning" for name in missing if name == "memory"}
 
 
 def test_two_onnxruntimes_at_once_are_a_fault(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
