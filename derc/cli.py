@@ -48,11 +48,16 @@ PRECISION: tuple[Function, ...] = (
     click.option("--engine", help="Engines to choose from, such as onnxruntime,openvino.  [default: the target's]"),
     click.option("--precision", help="What a block may be computed in: fp32,fp16,bf16,int8.  [default: fp32]"),
 )
-BUDGETS: tuple[Function, ...] = (
-    click.option("--latency-ms", type=float, help="Latency budget in milliseconds."),
+LATENCY = click.option("--latency-ms", help="Latency budget in ms; several, 2,5,10, give a bundle each: OUTPUT/2ms …")
+SIZES: tuple[Function, ...] = (
     click.option("--params-m", type=float, help="Parameter budget in millions."),
     click.option("--macs-g", type=float, help="Budget of multiply-accumulates in billions."),
     click.option("--memory-mb", type=float, help="Peak memory budget: weights and largest activation, in MB."),
+)
+SEARCH: tuple[Function, ...] = (
+    click.option("--solver", type=click.Choice(["auto", "highs", "gurobi"]), help="Solver of the integer program."),
+    click.option("--top", type=int, help="Solutions asked of the solver per round."),
+    click.option("--evaluations", type=int, help="Assemblies stitched and scored at most."),
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 
@@ -76,25 +81,41 @@ def cli() -> None:
 
 
 @cli.command("compile")
-@options(SOURCES, DEVICE, PRECISION, BUDGETS, PARTITION)
-@click.option("--solver", type=click.Choice(["auto", "highs", "gurobi"]), help="Solver of the integer program.")
-@click.option("--top", type=int, help="Solutions asked of the solver per round.")
-@click.option("--evaluations", type=int, help="Assemblies stitched and scored at most.")
+@options(SOURCES, DEVICE, PRECISION, (LATENCY, *SIZES), PARTITION, SEARCH)
 @click.option("--emit", help="triton: add a model repository for Triton Inference Server to the bundle.")
 @click.option("-o", "--output", type=click.Path(), help="Directory of the bundle.")
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 @JSON
 def compile_(as_json: bool, quiet: bool, **flags: Any) -> None:
     """Compile a zoo to a bundle; what is not given comes from the environment (DERC_…), then from derc.toml."""
-    settings, console = _settings(flags, quiet)
+    every, console = _budgets(flags, quiet)
     from derc.compiler import compile_bundle
     from derc.summary import command_line, result
 
-    manifest = compile_bundle(settings, console, command_line(settings))
+    if len(every) > 1:
+        from derc.budgets import compile_budgets
+
+        _print(compile_budgets(every, console), as_json)
+        return
+    manifest = compile_bundle(every[0], console, command_line(every[0]))
     if as_json:
         click.echo(json.dumps(result(manifest)))
     else:
         _tell(manifest)
+
+
+@cli.command()
+@options(SOURCES, DEVICE, PRECISION, SIZES, PARTITION, SEARCH)
+@click.option("--points", type=int, default=12, show_default=True, help="Latency budgets that are swept.")
+@click.option("-o", "--output", type=click.Path(), help="Directory of pareto.json, pareto.txt and pareto.svg.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+@JSON
+def pareto(points: int, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """The best network for every latency: sweep the budget and write the front as table, JSON and plot."""
+    settings, console = _settings(flags, quiet)
+    from derc.pareto import write_front
+
+    _print(write_front(settings, points, settings.output, console), as_json)
 
 
 @cli.command()
@@ -284,9 +305,18 @@ def _console(quiet: bool = False) -> Console:
 def _settings(flags: dict[str, Any], quiet: bool = False) -> tuple[CompileSettings, Console]:
     from derc.config import resolve
 
-    console = _console(quiet)
-    given = {name: value for name, value in flags.items() if value is not None}
-    settings = resolve(given, os.environ, Path.cwd())
+    return _told(resolve(flags, os.environ, Path.cwd()), _console(quiet))
+
+
+def _budgets(flags: dict[str, Any], quiet: bool) -> tuple[tuple[CompileSettings, ...], Console]:
+    """The settings for each latency budget that was given."""
+    from derc.config import resolve_all
+
+    every = resolve_all(flags, os.environ, Path.cwd())
+    return every, _told(every[0], _console(quiet))[1]
+
+
+def _told(settings: CompileSettings, console: Console) -> tuple[CompileSettings, Console]:
     if settings.embedded_zoo:
         console.say("no zoo was named: compiling the embedded zoo of handwritten digits (derc init writes a derc.toml)")
     return settings, console

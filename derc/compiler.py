@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +59,21 @@ def profile(context: Context, analysis: Analysis, settings: CompileSettings, tim
     return execute(Profile(limit_s=settings.profile_s), context, analysis.cuts, analysis.partition, timings=timings)
 
 
-def compile_bundle(settings: CompileSettings, console: Console, command: str) -> dict[str, Any]:
-    """Compile, write the bundle and return its manifest.
+@dataclass(frozen=True)
+class Prepared:
+    """What does not depend on the budget; `started` is on the clock of `time.perf_counter`."""
 
-    Raises the errors of `derc.errors`; OverBudgetError after the bundle of the fastest network was written.
-    """
+    contexts: tuple[Context, ...]
+    heads: tuple[str, ...]
+    analysis: Analysis
+    tables: tuple[LatencyTable, ...]
+    timings: Timings
+    started: float
+
+
+def prepare(settings: CompileSettings, console: Console) -> Prepared:
+    """Open, analyse and profile everything; raises the errors of `derc.errors`."""
     started = time.perf_counter()
-    output = Path(settings.output)
-    bundle.check_output(output)
     contexts = open_contexts(settings, console)
     context = contexts[0]
     heads = context.data.task_donors(context.zoo)
@@ -78,7 +84,23 @@ def compile_bundle(settings: CompileSettings, console: Console, command: str) ->
     timings = Timings()
     timings.add("load", time.perf_counter() - started, reused=False)
     analysis = analyse(context, settings, timings)
-    searches = search_all(contexts, analysis, settings, heads, timings)
+    tables = tuple(latencies(one, analysis, settings, timings) for one in contexts)
+    return Prepared(contexts, heads, analysis, tables, timings, started)
+
+
+def compile_bundle(settings: CompileSettings, console: Console, command: str) -> dict[str, Any]:
+    """Compile, write the bundle and return its manifest.
+
+    Raises the errors of `derc.errors`; OverBudgetError after the bundle of the fastest network was written.
+    """
+    bundle.check_output(Path(settings.output))
+    return complete(prepare(settings, console), settings, console, command)
+
+
+def complete(prepared: Prepared, settings: CompileSettings, console: Console, command: str) -> dict[str, Any]:
+    """Search, build and write the bundle for the budgets of `settings`; see `compile_bundle`."""
+    timings = Timings(dict(prepared.timings.seconds), dict(prepared.timings.reused))
+    searches = search_all(prepared, settings, timings)
     found = ship(searches, settings.profile_s or LEAST_LIMIT_S, timings)
     console.check()
     outcome = Outcome(
@@ -86,7 +108,7 @@ def compile_bundle(settings: CompileSettings, console: Console, command: str) ->
         command,
         found.search.context,
         found.search,
-        analysis.lowered,
+        prepared.analysis.lowered,
         found.chosen,
         found.emitted,
         found.shipped,
@@ -94,41 +116,23 @@ def compile_bundle(settings: CompileSettings, console: Console, command: str) ->
         timings,
         NEGLIGIBLE,
     )
-    manifest = summarise(outcome, started)
+    manifest = summarise(outcome, prepared.started)
     if found.met is False:
         raise OverBudgetError(
             f"the network was built and measured at {found.shipped.latency.ms:.3f} ms, over the budget of "
-            f"{settings.latency_ms} ms; the bundle is in {output}: ask for a larger budget"
+            f"{settings.latency_ms} ms; the bundle is in {settings.output}: ask for a larger budget"
         )
     return manifest
 
 
-def search_all(
-    contexts: Sequence[Context],
-    analysis: Analysis,
-    settings: CompileSettings,
-    heads: tuple[str, ...],
-    timings: Timings,
-) -> list[Search]:
+def search_all(prepared: Prepared, settings: CompileSettings, timings: Timings) -> list[Search]:
     """A search on each engine, each with its own latencies; what one has evaluated the store gives to the next.
 
     Raises the first engine's InfeasibleError where none of them finds anything.
     """
     searches, refused = list[Search](), list[InfeasibleError]()
-    for context in contexts:
-        table = latencies(context, analysis, settings, timings)
-        select = Select(
-            latency_ms=settings.latency_ms,
-            params_m=settings.params_m,
-            macs_g=settings.macs_g,
-            memory_mb=settings.memory_mb,
-            top=settings.top,
-            margin=margin_of(table) if settings.latency_ms else 0.0,
-            heads=heads,
-        )
-        search = Search(
-            context, select, analysis.cuts, analysis.embedded, analysis.partition, table, settings.evaluations, timings
-        )
+    for number in range(len(prepared.contexts)):
+        search = open_search(prepared, settings, timings, number)
         try:
             search.run()
             searches.append(search)
@@ -137,6 +141,30 @@ def search_all(
     if not searches:
         raise refused[0]
     return searches
+
+
+def open_search(prepared: Prepared, settings: CompileSettings, timings: Timings, number: int = 0) -> Search:
+    """The search within the budgets of `settings` on one of the engines, not begun."""
+    analysis, table = prepared.analysis, prepared.tables[number]
+    select = Select(
+        latency_ms=settings.latency_ms,
+        params_m=settings.params_m,
+        macs_g=settings.macs_g,
+        memory_mb=settings.memory_mb,
+        top=settings.top,
+        margin=margin_of(table) if settings.latency_ms else 0.0,
+        heads=prepared.heads,
+    )
+    return Search(
+        prepared.contexts[number],
+        select,
+        analysis.cuts,
+        analysis.embedded,
+        analysis.partition,
+        table,
+        settings.evaluations,
+        timings,
+    )
 
 
 def latencies(context: Context, analysis: Analysis, settings: CompileSettings, timings: Timings) -> LatencyTable:

@@ -156,6 +156,25 @@ def resolve(flags: Mapping[str, object], environ: Mapping[str, str], directory: 
     return _validated(given, origin)
 
 
+def resolve_all(
+    flags: Mapping[str, object], environ: Mapping[str, str], directory: Path | None
+) -> tuple[CompileSettings, ...]:
+    """Settings for each latency budget, which may be a list or have commas; of several, each has its own output folder.
+
+    Raises as `resolve` does, and UsageError for a budget that is given twice.
+    """
+    file = from_file(directory) if directory else {}
+    given = {key: value for key, value in flags.items() if value is not None}
+    value = (file | from_environment(environ) | given).get("latency_ms")
+    parts = list(value) if isinstance(value, (list, tuple)) else str(value).split(",") if value is not None else []
+    if len(parts) < 2:
+        return (resolve(flags, environ, directory),)
+    every = [resolve({**flags, "latency_ms": str(part).strip()}, environ, directory) for part in parts]
+    if len({one.latency_ms for one in every}) < len(every):
+        raise UsageError("--latency-ms names a budget twice: give each once")
+    return tuple(one.model_copy(update={"output": one.output / f"{one.latency_ms:g}ms"}) for one in every)
+
+
 def _validated(given: Mapping[str, object], origin: Mapping[str, str]) -> CompileSettings:
     try:
         return CompileSettings.model_validate({**given, "defaulted": frozenset(KEYS) - given.keys()})
