@@ -55,7 +55,9 @@ class EmbeddedZoo:
     """Similarity of all pairs of cuts over the probe set.
 
     `similarity[a, b]` in [0, 1] (float64) belongs to `index[a]`, `index[b]`. Every cut of every donor is in the index,
-    the input and the output too. `accuracy` is each task donor's own accuracy on the labelled probe set.
+    the input and the output too. `accuracy` is each task donor's own accuracy on the labelled probe set. `halves` (2,
+    cuts, cuts) is the similarity over either half of the probe set, where it is known. A zoo of very many cuts has
+    `rows` instead: `similarity` is then empty, and that of two cuts is the product of their rows of length 1.
     """
 
     index: tuple[CutId, ...]
@@ -63,6 +65,14 @@ class EmbeddedZoo:
     images: int
     estimator: str
     accuracy: dict[str, float] = field(default_factory=dict)
+    halves: Array | None = None
+    rows: Array | None = None
+
+    def alike(self, one: int, other: int) -> float:
+        """Similarity of two rows of the index, in [0, 1]."""
+        if self.rows is None:
+            return float(self.similarity[one, other])
+        return min(max(float(self.rows[one].astype(np.float64) @ self.rows[other]), 0.0), 1.0)
 
     @property
     def position(self) -> dict[CutId, int]:

@@ -21,41 +21,11 @@ from derc.analysed import EmbeddedZoo as EmbeddedZoo
 from derc.analysed import LoweredZoo as LoweredZoo
 from derc.analysed import Unit as Unit
 from derc.errors import IntegrityError
+from derc.partitioned import BlockRef as BlockRef
+from derc.partitioned import NearTie as NearTie
+from derc.partitioned import Partition as Partition
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, order=True)
-class BlockRef:
-    """Units of a donor from its cut `first` to its cut `last`; a member of equivalence set `set`.
-
-    Its insides are computed in `precision` where it is deployed; what goes in and out is float32.
-    """
-
-    donor: str
-    first: int
-    last: int
-    set: int
-    precision: str = "fp32"
-
-    @property
-    def plain(self) -> BlockRef:
-        """The same block in float32."""
-        return self if self.precision == "fp32" else replace(self, precision="fp32")
-
-    def __str__(self) -> str:
-        return f"{self.donor}[{self.first}:{self.last}]" + (f"@{self.precision}" if self.precision != "fp32" else "")
-
-
-@dataclass(frozen=True)
-class Partition:
-    """Each donor's blocks, in order, block k in equivalence set k; `objective` is the summed similarity."""
-
-    blocks: dict[str, tuple[BlockRef, ...]]
-    objective: float
-    bound: float | None
-    epsilon: dict[str, float]
-    """The size slack that each donor's blocks have: the option's where it is attainable, else the least possible."""
 
 
 @dataclass(frozen=True)

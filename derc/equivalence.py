@@ -2,7 +2,7 @@
 
 The objective sums S(B, B') = s(in, in') + s(out, out') over equivalence sets and donor pairs (DeRy, Yang et al. 2022,
 section 3.2). Each interior cut ends one block and begins the next, so it counts twice, and one donor's best cuts given
-all the others' are an exact dynamic program.
+all the others' are an exact dynamic program. The bounds on the blocks' sizes leave each place a window of cuts.
 """
 
 from __future__ import annotations
@@ -16,55 +16,119 @@ from derc.artifacts import Array, CutDonor, CutId, CutZoo, EmbeddedZoo
 from derc.errors import UsageError
 
 TIE = 1e-9
-SWEEPS = 100
-SHAKE = 0.25
-PATIENCE = 2
+"""What a cut's width, relative to its donor's widest, counts in the objective: it decides between equals alone."""
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Menu:
-    """One donor's choice: `allowed[p, q]` where a block may span cuts p to q, `slack` the ε that this takes.
+    """One donor's choice: place j (0 … blocks − 2) is one of the cuts `low[j]` … `high[j]`, and no other can be.
 
-    `start` is the row of its first cut in the zoo's similarity; `width` is each cut's size relative to the widest.
+    `start` is the row of its first cut in the zoo's similarity; `before` the MACs in front of each cut, `limit` what a
+    block may have at most, `width` each cut's size relative to the widest, `slack` the ε that the limit amounts to.
     """
 
     name: str
     start: int
-    allowed: Array
+    before: Array
+    limit: float
     width: Array
-    share: Array
     slack: float
+    low: Array
+    high: Array
 
     @property
     def rows(self) -> slice:
         return slice(self.start, self.start + len(self.width))
 
+    @cached_property
+    def size(self) -> int:
+        """Cuts in its widest window."""
+        return int((self.high - self.low).max(initial=0)) + 1
+
+    def allows(self, first: Array | int, last: Array | int) -> Array:
+        """Whether a block may span cuts `first` to `last`, elementwise."""
+        size = self.before[last] - self.before[first]
+        fits: Array = (np.asarray(first) < last) & (size <= self.limit)
+        return fits
+
+    @cached_property
+    def share(self) -> Array:
+        """Of the donor's MACs, in front of each cut."""
+        share: Array = self.before / max(self.before[-1], 1)
+        return share
+
+
+@dataclass(frozen=True)
+class Windows:
+    """All donors' windows side by side, `size` wide; `cut` (donors, places, size) with the last repeated to fill up.
+
+    `dislike` is a small number by which a cut falls back behind an equal one (the narrower wins, then the earlier), inf
+    where `cut` only fills up; `linked` (donors, places − 1, size, size) says which choices may follow one another.
+    """
+
+    cut: Array
+    dislike: Array
+    linked: Array
+
+    @property
+    def size(self) -> int:
+        return int(self.cut.shape[-1])
+
 
 @dataclass(frozen=True)
 class Zoo:
-    """The donors' menus and the similarity of all their cuts, in the menus' order."""
+    """The donors' menus with the similarity of all their cuts, in the menus' order, or `rows` whose products are that.
+
+    Where there are rows, `similarity` is empty.
+    """
 
     menus: tuple[Menu, ...]
     similarity: Array
     blocks: int
+    rows: Array | None = None
 
     @cached_property
     def starts(self) -> Array:
         return np.array([menu.start for menu in self.menus])
 
+    @property
+    def places(self) -> int:
+        return self.blocks - 1
+
     @cached_property
     def fixed(self) -> float:
         """The part of the objective that inputs and outputs contribute, whatever the cuts."""
-        ends = [self.starts, self.starts + [len(menu.width) - 1 for menu in self.menus]]
-        return sum(_pairs(self.similarity[np.ix_(rows, rows)]) for rows in ends)
+        ends = self.starts, self.starts + [len(menu.width) - 1 for menu in self.menus]
+        return sum(self.pairs(rows) for rows in ends)
+
+    def pairs(self, cuts: Array) -> float:
+        """Summed similarity of all pairs of the given cuts, by row."""
+        if self.rows is not None:
+            chosen = self.rows[cuts].astype(np.float64)
+            return float((chosen.sum(axis=0) ** 2).sum() - (chosen**2).sum()) / 2
+        square = self.similarity[np.ix_(cuts, cuts)]
+        return float(square.sum() - np.trace(square)) / 2
+
+    def totals(self, chosen: Array) -> Array:
+        """(places, donors, …): how like cuts are, by row, to all other donors' cuts at a place.
+
+        `chosen` (donors, places) are the rows at each place, and what they are compared with: [j, d, k] is the summed
+        similarity of donor d's cut at place k to the others' at place j.
+        """
+        if self.rows is not None:
+            cuts = self.rows[chosen].astype(np.float64)
+            return np.einsum("jm,dkm->jdk", cuts.sum(axis=0), cuts) - np.einsum("djm,dkm->jdk", cuts, cuts)
+        alike = self.similarity[chosen[:, :, None, None], chosen[None, None, :, :]]
+        every = np.arange(len(chosen))
+        alike[every, :, every, :] = 0
+        total: Array = alike.sum(axis=0)
+        return total
 
     def objective(self, choices: Array) -> Array:
-        """Objective of each row of `choices`, cut numbers of shape (starts, donors, blocks − 1)."""
-        rows = self.starts[:, None] + choices
-        alike: Array = self.similarity[rows[:, :, None, :], rows[:, None, :, :]].sum(axis=(1, 2, 3))
-        itself: Array = self.similarity[rows, rows].sum(axis=(1, 2))
-        total: Array = self.fixed + alike - itself
-        return total
+        """Objective of each row of `choices`, cut numbers of shape (starts, donors, places)."""
+        inside = [2 * sum(self.pairs(cuts) for cuts in (self.starts[:, None] + one).T) for one in choices]
+        return self.fixed + np.array(inside)
 
     def widths(self, choices: Array) -> Array:
         """Summed relative width of the chosen cuts, for each row of `choices`."""
@@ -72,22 +136,42 @@ class Zoo:
         total: Array = np.stack(width).sum(axis=0)
         return total
 
+    @cached_property
+    def windows(self) -> Windows:
+        size = max(menu.size for menu in self.menus)
+        parts = [_window(menu, size) for menu in self.menus]
+        cut, dislike, linked = (np.stack(part) for part in zip(*parts, strict=True))
+        return Windows(cut, dislike, linked)
 
-def _pairs(square: Array) -> float:
-    return float(square.sum() - np.trace(square)) / 2
+
+def _window(menu: Menu, size: int) -> tuple[Array, Array, Array]:
+    offset = menu.low[:, None] + np.arange(size)
+    cut = np.minimum(offset, menu.high[:, None])
+    dislike = np.where(offset > menu.high[:, None], np.inf, TIE * menu.width[cut] + ROUNDING * cut)
+    linked = menu.allows(cut[:-1, :, None], cut[1:, None, :])
+    return cut, dislike, linked
 
 
 def prepare(cuts: CutZoo, embedded: EmbeddedZoo, blocks: int, epsilon: float) -> Zoo:
     """The zoo as arrays. Raises UsageError for a donor with fewer than `blocks` units."""
-    position, rows, menus = embedded.position, list[int](), list[Menu]()
+    rows, menus, start = rows_of(cuts, embedded), list[Menu](), 0
     for name, donor in cuts.donors.items():
-        menus.append(_menu(name, donor, len(rows), blocks, epsilon))
-        rows += [position[CutId(name, cut)] for cut in range(len(donor.cuts))]
+        menus.append(menu_of(name, donor, start, blocks, epsilon))
+        start += len(donor.cuts)
+    if embedded.rows is not None:
+        return Zoo(tuple(menus), np.zeros((0, 0)), blocks, embedded.rows[rows])
     similarity = embedded.similarity[np.ix_(rows, rows)].astype(np.float64)
     return Zoo(tuple(menus), (similarity + similarity.T) / 2, blocks)
 
 
-def _menu(name: str, donor: CutDonor, start: int, blocks: int, epsilon: float) -> Menu:
+def rows_of(cuts: CutZoo, embedded: EmbeddedZoo) -> list[int]:
+    """All donors' cuts in order, as rows of the embedded zoo's index."""
+    position = embedded.position
+    return [position[CutId(name, cut)] for name, donor in cuts.donors.items() for cut in range(len(donor.cuts))]
+
+
+def menu_of(name: str, donor: CutDonor, start: int, blocks: int, epsilon: float) -> Menu:
+    """What may be chosen of a donor; raises UsageError where it has fewer than `blocks` units."""
     units = len(donor.units)
     if units < blocks:
         raise UsageError(
@@ -95,100 +179,67 @@ def _menu(name: str, donor: CutDonor, start: int, blocks: int, epsilon: float) -
             f"use --blocks {units} or fewer, or leave this donor out of the zoo"
         )
     before = np.concatenate([[0], np.cumsum([unit.macs for unit in donor.units])]).astype(np.float64)
-    size = np.where(np.tri(units + 1, dtype=bool), np.inf, before[None, :] - before[:, None])
-    fair = before[-1] / blocks
-    limit = max((1 + epsilon) * fair, _least_largest(size, blocks))
     width = np.array([cut.type.numel for cut in donor.cuts], np.float64)
-    slack = max(epsilon, limit / fair - 1) if fair else epsilon
-    return Menu(name, start, size <= limit * (1 + 1e-12), width / width.max(), before / max(before[-1], 1), slack)
+    return make_menu(name, start, before, width / width.max(), blocks, epsilon)
 
 
-def _least_largest(size: Array, blocks: int) -> float:
-    """Smallest attainable size of the largest of `blocks` blocks."""
+def make_menu(name: str, start: int, before: Array, width: Array, blocks: int, epsilon: float) -> Menu:
+    """The menu of a donor with so many MACs in front of each cut; the least slack that it can meet, where ε is less."""
+    fair = before[-1] / blocks
+    limit = max((1 + epsilon) * fair, _least_largest(before, blocks)) * (1 + 1e-12)
+    forward = _reached(before, limit, blocks)
+    backward = len(before) - 1 - _reached(before[-1] - before[::-1], limit, blocks)
+    low = np.maximum(backward[::-1], np.arange(1, blocks))
+    high = np.minimum(forward, len(before) - 1 - np.arange(blocks - 1, 0, -1))
+    slack = max(epsilon, limit / (1 + 1e-12) / fair - 1) if fair else epsilon
+    return Menu(name, start, before, limit, width, slack, low, high)
+
+
+def _reached(before: Array, limit: float, blocks: int) -> Array:
+    """The last cut that 1, 2, … blocks − 1 blocks of at most `limit` can reach; all before it can be reached too.
+
+    Every unit fits the limit, since some block of some allowed partition holds it.
+    """
+    reached, cut = list[int](), 0
+    for _ in range(blocks - 1):
+        cut = int(np.searchsorted(before, before[cut] + limit, side="right")) - 1
+        while before[cut] - before[reached[-1] if reached else 0] > limit:
+            cut -= 1
+        reached.append(cut)
+    return np.array(reached, np.int64)
+
+
+def _least_largest(before: Array, blocks: int) -> float:
+    """Smallest attainable size of the largest of `blocks` blocks of at least one unit."""
+    size = np.where(np.tri(len(before), dtype=bool), np.inf, before[None, :] - before[:, None])
     largest = size[0]
     for _ in range(blocks - 1):
         largest = np.maximum(largest[:, None], size).min(axis=0)
     return float(largest[-1])
 
 
-def best_cuts(menu: Menu, worth: Array) -> Array:
-    """Most valuable allowed cuts, (starts, blocks − 1), for `worth` of shape (starts, blocks − 1, cuts); exact."""
-    starts, interior, _ = worth.shape
-    if interior == 0:
-        return np.zeros((starts, 0), np.int64)
-    reach = np.where(menu.allowed, 0.0, -np.inf)
-    value, came = worth[:, 0] + reach[0], list[Array]()
-    for j in range(1, interior):
-        options = value[:, :, None] + reach
+def best_path(worth: Array, linked: Array) -> Array:
+    """Most valuable choices (n, places) of windows, for `worth` (n, places, size) and `linked` (n or 1, …); exact."""
+    places = worth.shape[1]
+    if places == 0:
+        return np.zeros((len(worth), 0), np.int64)
+    value, came = worth[:, 0], list[Array]()
+    for j in range(1, places):
+        options = np.where(linked[:, j - 1], value[:, :, None], -np.inf)
         came.append(options.argmax(axis=1))
         value = options.max(axis=1) + worth[:, j]
-    chosen = [(value + reach[:, -1]).argmax(axis=1)]
+    chosen, every = [value.argmax(axis=1)], np.arange(len(worth))
     for back in reversed(came):
-        chosen.append(back[np.arange(starts), chosen[-1]])
+        chosen.append(back[every, chosen[-1]])
     return np.stack(chosen[::-1], axis=1)
 
 
-def ascend(zoo: Zoo, choices: Array) -> Array:
-    """Improve every row of `choices` (starts, donors, blocks − 1) until no single donor can; narrower cuts win ties."""
-    choices = choices.copy()
-    total = zoo.similarity[zoo.starts[:, None] + choices].sum(axis=1)
-    for _ in range(SWEEPS):
-        before = choices.copy()
-        for d, menu in enumerate(zoo.menus):
-            total -= zoo.similarity[menu.start + choices[:, d]]
-            choices[:, d] = best_cuts(menu, total[:, :, menu.rows] - TIE * menu.width)
-            total += zoo.similarity[menu.start + choices[:, d]]
-        if np.array_equal(before, choices):
-            break
-    return choices
-
-
-def initial(zoo: Zoo, starts: int, random: np.random.Generator) -> Array:
-    """Starting points: cuts at equal shares of the MACs, then alignment to each donor's, then random allowed cuts."""
-    quantile = np.stack([_near_quantiles(menu, zoo.blocks) for menu in zoo.menus], axis=1)
-    aligned = [_align(zoo, d, quantile[0, d]) for d in range(min(len(zoo.menus), starts // 2))]
-    left = max(starts - 1 - len(aligned), 0)
-    rows = [quantile, *aligned] + ([_random(zoo, left, random)] if left else [])
-    return np.concatenate(rows)
-
-
-def _near_quantiles(menu: Menu, blocks: int) -> Array:
-    wanted = np.arange(1, blocks) / blocks
-    return best_cuts(menu, -np.abs(wanted[:, None] - menu.share)[None])
-
-
-def _align(zoo: Zoo, leader: int, cuts: Array) -> Array:
-    """Every donor's cuts most similar to those of one of them, as one row."""
-    worth = zoo.similarity[zoo.menus[leader].start + cuts]
-    rows = [best_cuts(menu, worth[None, :, menu.rows] - TIE * menu.width) for menu in zoo.menus]
-    rows[leader] = cuts[None]
-    return np.stack(rows, axis=1)
-
-
-def _random(zoo: Zoo, starts: int, random: np.random.Generator) -> Array:
-    shape = (starts, zoo.blocks - 1)
-    return np.stack([best_cuts(menu, random.random((*shape, len(menu.width)))) for menu in zoo.menus], axis=1)
-
-
-def search(zoo: Zoo, starts: int, seed: int) -> Array:
-    """Best choice found, (donors, blocks − 1): coordinate ascent from many starts, then perturbation of the best.
-
-    A round redraws a quarter of the best choice's donors in each start; two rounds without progress end the search.
-    """
-    random = np.random.default_rng(seed)
-    best, value = _champion(zoo, ascend(zoo, initial(zoo, starts, random)))
-    failures = 0
-    while failures < PATIENCE:
-        redraw = random.random((starts, len(zoo.menus), 1)) < SHAKE
-        shaken = np.where(redraw, _random(zoo, starts, random), best)
-        found, reached = _champion(zoo, ascend(zoo, shaken))
-        failures = 0 if reached > value + TIE else failures + 1
-        if reached > value:
-            best, value = found, reached
-    return best
-
-
-def _champion(zoo: Zoo, choices: Array) -> tuple[Array, float]:
-    value = zoo.objective(choices) - TIE * zoo.widths(choices)
-    winner = int(value.argmax())
-    return choices[winner], float(value[winner])
+def best_with(worth: Array, linked: Array) -> Array:
+    """For every choice at every place, the most that a path with it is worth: (n, places, size), as `best_path`."""
+    forward, backward = worth.copy(), worth.copy()
+    for j in range(1, worth.shape[1]):
+        forward[:, j] += np.where(linked[:, j - 1], forward[:, j - 1, :, None], -np.inf).max(axis=1)
+    for j in range(worth.shape[1] - 2, -1, -1):
+        backward[:, j] += np.where(linked[:, j], backward[:, j + 1, None, :], -np.inf).max(axis=2)
+    found: Array = forward + backward - np.where(np.isfinite(worth), worth, 0)
+    return found

@@ -40,33 +40,35 @@ def solve(zoo: Zoo, solver: Solver, time_limit_s: float) -> tuple[Array | None, 
     return np.array(picked, np.int64).reshape(len(zoo.menus), zoo.blocks - 1), bound
 
 
+def size(zoo: Zoo) -> int:
+    """Number of pair variables of the program."""
+    windows = np.array([menu.high - menu.low + 1 for menu in zoo.menus]).reshape(len(zoo.menus), -1)
+    return int(((windows.sum(axis=0) ** 2 - (windows**2).sum(axis=0)) // 2).sum())
+
+
 def _choice(builder: Builder, menu: Menu, blocks: int) -> Choice:
-    """Variables and rows of one donor's path; places 0 and `blocks` are its input and output."""
-    last = len(menu.width) - 1
-    places = [{0: -1}, *(_place(builder, menu, j, last) for j in range(1, blocks)), {last: -1}]
+    """Variables and rows of one donor's path: one cut of each window, neighbours allowed by the size bound."""
+    places = [_place(builder, menu, j) for j in range(blocks - 1)]
     for j, (here, there) in enumerate(pairwise(places)):
         for p, column in here.items():
-            after = {there[q]: 1.0 for q in there if menu.allowed[p, q]}
-            _step(builder, f"{menu.name} from {p} at {j}", column, after)
+            after = {there[q]: 1.0 for q in there if menu.allows(p, q)}
+            _step(builder, f"{menu.name} from {p} at {j}", column, after, len(there))
         for q, column in there.items():
-            before = {here[p]: 1.0 for p in here if menu.allowed[p, q]}
-            _step(builder, f"{menu.name} to {q} at {j + 1}", column, before)
-    return places[1:-1]
+            before = {here[p]: 1.0 for p in here if menu.allows(p, q)}
+            _step(builder, f"{menu.name} to {q} at {j + 1}", column, before, len(here))
+    return places
 
 
-def _place(builder: Builder, menu: Menu, j: int, last: int) -> dict[int, int]:
-    columns = {p: builder.variable(f"{menu.name} cut {p} at {j}", TIE * menu.width[p]) for p in range(1, last)}
+def _place(builder: Builder, menu: Menu, j: int) -> dict[int, int]:
+    window = range(int(menu.low[j]), int(menu.high[j]) + 1)
+    columns = {p: builder.variable(f"{menu.name} cut {p} at {j}", TIE * menu.width[p]) for p in window}
     builder.row(f"{menu.name} one cut at {j}", dict.fromkeys(columns.values(), 1.0), lower=1, upper=1)
     return columns
 
 
-def _step(builder: Builder, name: str, column: int, neighbours: dict[int, float]) -> None:
-    """A chosen cut (column −1: always) needs one of its allowed neighbours."""
-    if -1 in neighbours or (column == -1 and not neighbours):
-        return
-    if column == -1:
-        builder.row(name, neighbours, lower=1)
-    else:
+def _step(builder: Builder, name: str, column: int, neighbours: dict[int, float], window: int) -> None:
+    """A chosen cut needs one of its allowed neighbours, which says nothing where all of the window are."""
+    if len(neighbours) < window:
         builder.row(name, neighbours | {column: -1.0}, lower=0)
 
 

@@ -115,7 +115,7 @@ def prior_loss(
                 loss[place] += PRECISION_LOSS + DISTORTION_LOSS * changed
             if edge.stitch is not None and edge.source is not None:
                 rows = position[CutId(edge.source.donor, edge.source.last)], position[CutId(donor, edge.target.first)]
-                loss[place] += STITCH_LOSS + DISSIMILARITY_LOSS * (1 - float(embedded.similarity[rows]))
+                loss[place] += STITCH_LOSS + DISSIMILARITY_LOSS * (1 - embedded.alike(*rows))
     return loss
 
 

@@ -1,0 +1,64 @@
+"""The donors' blocks and the equivalence sets that they fall into, as artifacts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True, order=True)
+class BlockRef:
+    """Units of a donor from its cut `first` to its cut `last`; a member of equivalence set `set`.
+
+    Its insides are computed in `precision` where it is deployed; what goes in and out is float32.
+    """
+
+    donor: str
+    first: int
+    last: int
+    set: int
+    precision: str = "fp32"
+
+    @property
+    def plain(self) -> BlockRef:
+        """The same block in float32."""
+        return self if self.precision == "fp32" else replace(self, precision="fp32")
+
+    def __str__(self) -> str:
+        return f"{self.donor}[{self.first}:{self.last}]" + (f"@{self.precision}" if self.precision != "fp32" else "")
+
+
+@dataclass(frozen=True)
+class NearTie:
+    """Set `set` of a donor ends at `cut`, and could end at `other` for `loss`, a share of the objective."""
+
+    donor: str
+    set: int
+    cut: int
+    other: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Each donor's blocks, in order, block k in equivalence set k; `objective` is the summed similarity.
+
+    `bound` is what no partition exceeds, where the exact program was solved. `centres` are the donors of the sets'
+    central blocks, where likeness to these is what is summed. `moved` is the share of interior cuts that lie elsewhere
+    by one half of the probe set alone; `near_ties` are those of them that might as well. `distinct` is, for each number
+    of blocks that was tried, the smallest share over the sets of blocks that are more like their own set than another.
+    """
+
+    blocks: dict[str, tuple[BlockRef, ...]]
+    objective: float
+    bound: float | None
+    epsilon: dict[str, float]
+    """The size slack that each donor's blocks have: the option's where it is attainable, else the least possible."""
+    centres: tuple[str, ...] = ()
+    moved: float | None = None
+    near_ties: tuple[NearTie, ...] = ()
+    distinct: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def gap(self) -> float | None:
+        """How far the bound is above the objective, as a share of it; None where there is no bound."""
+        return None if self.bound is None else max(self.bound - self.objective, 0.0) / max(abs(self.objective), 1e-12)
