@@ -21,6 +21,7 @@ from derc.threads import cores
 
 if TYPE_CHECKING:
     from derc.data import Data
+    from derc.fronts import Fronts
     from derc.lowered import Lowered
     from derc.store import Store
     from derc.target import Target
@@ -50,7 +51,8 @@ class Context:
     """What a pass gets besides its input artifacts: the live things, handed in and never global.
 
     `lowered` gives the live, traced donors by name; it is filled lazily by the top level. `precisions` are those that
-    a block may have: float32 first, which means the engine's own, then those that it is rewritten to.
+    a block may have: float32 first, which means the engine's own, then those that it is rewritten to. `objective` names
+    the proxy that candidates are ranked by.
     """
 
     zoo: Zoo
@@ -63,11 +65,19 @@ class Context:
     console: Console = field(default_factory=Console)
     seed: int = 0
     precisions: tuple[str, ...] = ("fp32",)
+    objective: str = "accuracy"
 
     @cached_property
     def builder(self) -> Builder:
         """Builds with `engine` in child processes, started at the first builds; one for each core, up to four."""
         return Builder(self.engine, workers=min(cores(), 4))
+
+    @cached_property
+    def fronts(self) -> Fronts:
+        """What networks' fronts give on the images, kept between the passes."""
+        from derc.fronts import Fronts
+
+        return Fronts()
 
 
 class Pass(Protocol[Out]):

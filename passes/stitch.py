@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from derc import fronts
 from derc.artifacts import Array, Assembly, StitchedAssembly, digest
 from derc.assembled import new_stitch
 from derc.data import Split
 from derc.errors import DercError
+from derc.fronts import Step
 from derc.modules import Stitch
 from derc.pipeline import Context
 
@@ -81,28 +85,34 @@ class FitStitches:
     def run(self, context: Context, assembly: Assembly) -> StitchedAssembly:
         states: list[dict[str, Array]] = []
         residual: list[float] = []
-        front: list[nn.Module] = []
+        front: list[Step] = []
+        run = partial(context.fronts.run, context.data.probe, self.batch)
         for index, block in enumerate(assembly.blocks):
             lowered = context.lowered[block.donor]
             if index and assembly.stitched[index - 1]:
                 stitch = new_stitch(assembly, index, context.lowered)
-                donor = lowered.block(0, block.first).eval()
-                residual.append(self.fit(stitch, nn.Sequential(*front), donor, context.data.probe))
+                donor = fronts.block(lowered, replace(block, first=0, last=block.first))
+                residual.append(self.fit_to(stitch, run(front), run([donor])))
                 states.append({name: value.detach().numpy().copy() for name, value in stitch.state_dict().items()})
-                front.append(stitch)
-            front.append(lowered.block(block.first, block.last).eval())
+                front.append(fronts.added(stitch))
+            front.append(fronts.block(lowered, block))
         return StitchedAssembly(assembly, tuple(states), tuple(residual))
 
-    @torch.no_grad()
     def fit(self, stitch: Stitch, front: nn.Module, donor: nn.Module, probe: Split) -> float:
-        """Set `stitch` so that stitch(front(x)) ≈ donor(x); returns the share unexplained on held-back batches.
+        """Set `stitch` so that stitch(front(x)) ≈ donor(x) on the probe images; see `fit_to`."""
+        sources = (front(images.clone()) for images, _ in probe.batches(self.batch))
+        targets = (donor(images.clone()) for images, _ in probe.batches(self.batch))
+        return self.fit_to(stitch, sources, targets)
+
+    @torch.no_grad()
+    def fit_to(self, stitch: Stitch, sources: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -> float:
+        """Set `stitch` so that stitch(source) ≈ target in all batches; returns the share unexplained on held-back ones.
 
         Raises DercError where activations are not finite.
         """
         body: list[Moments] = []
         prefix: list[Moments] = []
-        for number, (images, _) in enumerate(probe.batches(self.batch)):
-            source, target = front(images.clone()), donor(images.clone())
+        for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
             if not (torch.isfinite(source).all() and torch.isfinite(target).all()):
                 raise DercError("activations are not finite, so no stitch can be fitted: leave that donor out")
             held = number % HELD_BACK == HELD_BACK - 1
