@@ -36,7 +36,7 @@ NOTE = "derc"
 LIBRARY_CALL = re.compile(r"\baoti_torch_(cpu|cuda)_\w+\(")
 CPU_KERNEL = re.compile(r"^(?!.*\bvoid\b)\s*cpp_\w+\(", re.MULTILINE)
 GPU_KERNEL = re.compile(r"^(?!.*\bvoid\b)\s*(?:call_triton_\w+|launchKernel)\(", re.MULTILINE)
-VERSION = re.compile(r"\b(?:gcc|clang) version ([\d.]+)")
+VERSION = re.compile(r"(?:gcc|clang) version ([\d.]+)")
 WARM_UP = 3
 """Runs before a CUDA graph is captured: libraries allocate their workspaces in the first ones."""
 BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, ValueError)

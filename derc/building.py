@@ -12,8 +12,9 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -73,18 +74,29 @@ class Builder:
         """A session of ONNX `model`, built in a child and loaded here; raises what `build` and `load` raise."""
         return self.engine.load(self._built(model, name))
 
-    def sessions(self, models: Mapping[str, bytes]) -> Iterator[tuple[str, Session | DercError]]:
-        """A session, or why there is none, for each name, in order; the builds run side by side in all workers."""
-        pool = ThreadPoolExecutor(self.workers)
+    def sessions(
+        self, models: Iterable[tuple[str, bytes]], ahead: int = 8
+    ) -> Iterator[tuple[str, Session | DercError]]:
+        """A session, or why there is none, for each named model, in order.
+
+        Builds run side by side in all workers while `models` makes the next ones; at most `ahead` are held in memory.
+        """
+        pool, waiting = ThreadPoolExecutor(self.workers), deque[tuple[str, Future[Path]]]()
         try:
-            built = {name: pool.submit(self._built, model, name) for name, model in models.items()}
-            for name, future in built.items():
-                try:
-                    yield name, self.engine.load(future.result())
-                except DercError as error:
-                    yield name, error
+            for name, model in models:
+                waiting.append((name, pool.submit(self._built, model, name)))
+                while waiting and (len(waiting) >= ahead or waiting[0][1].done()):
+                    yield self._loaded(*waiting.popleft())
+            while waiting:
+                yield self._loaded(*waiting.popleft())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _loaded(self, name: str, built: Future[Path]) -> tuple[str, Session | DercError]:
+        try:
+            return name, self.engine.load(built.result())
+        except DercError as error:
+            return name, error
 
     def _built(self, model: bytes, name: str) -> Path:
         path = Path(self._folder.name, f"{next(self._numbers)}{self.engine.suffix}")

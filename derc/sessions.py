@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -14,8 +14,6 @@ from derc.reuse import Timed, key_of, links
 
 Part = Callable[[], bytes]
 """Makes the ONNX model of something that is measured."""
-AT_ONCE = 8
-"""Models that are held in memory and handed to the children together."""
 
 
 @dataclass
@@ -32,8 +30,8 @@ class Opened:
     known: dict[str, Timed] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
 
-    def build(self, models: Mapping[str, bytes]) -> None:
-        """Add a session for each of the models, or why there is none."""
+    def build(self, models: Iterable[tuple[str, bytes]]) -> None:
+        """Add a session for each of the named models, or why there is none."""
         for name, session in self.context.builder.sessions(models):
             if isinstance(session, MissingDependencyError):
                 raise session
@@ -58,20 +56,24 @@ def open_parts(
     Nothing counts as known without `options`, those of the measurement, nor what is `compared`. Raises BuildError where
     no donor is left.
     """
-    opened, waiting = Opened(context, stack, failed), dict[str, bytes]()
+    opened = Opened(context, stack, failed)
+    opened.build(_unknown(opened, parts, options, compared))
+    opened.build((name, parts[name]()) for name in links(opened.known))
+    if not any(name.startswith("donor ") for name in {**opened.sessions, **opened.known}):
+        raise BuildError(f"no donor could be built: {next(iter(failed.values()))}")
+    return opened
+
+
+def _unknown(
+    opened: Opened, parts: Mapping[str, Part], options: MeasureOptions | None, compared: Set[str]
+) -> Iterator[tuple[str, bytes]]:
+    """The model of each part whose latency is not known; the others' latencies go to `opened.known`."""
+    context = opened.context
     for name in context.console.track(parts, "build", len(parts)):
         model = parts[name]()
         opened.keys[name] = key_of(context, model, options) if options and name not in compared else ""
         timed = context.store.get(opened.keys[name], Timed) if opened.keys[name] else None
         if timed is not None:
             opened.known[name] = timed
-            continue
-        waiting[name] = model
-        if len(waiting) == AT_ONCE:
-            opened.build(waiting)
-            waiting.clear()
-    opened.build(waiting)
-    opened.build({name: parts[name]() for name in links(opened.known)})
-    if not any(name.startswith("donor ") for name in {**opened.sessions, **opened.known}):
-        raise BuildError(f"no donor could be built: {next(iter(failed.values()))}")
-    return opened
+        else:
+            yield name, model

@@ -155,7 +155,7 @@ def test_what_the_runtime_prints_and_reads_does_not_matter(builder, model, fault
 def test_many_workers_keep_the_order_and_the_failures(model):
     faults = {"a": "", "b": "crash", "c": "", "d": "raises", "e": ""}
     with Builder(Faulty(threads=1), workers=2) as builder:
-        found = dict(builder.sessions({name: asking(model, fault) for name, fault in faults.items()}))
+        found = dict(builder.sessions({name: asking(model, fault) for name, fault in faults.items()}.items()))
     assert list(found) == list(faults)
     assert isinstance(found["b"], BuildError) and "build of b" in str(found["b"])
     assert isinstance(found["d"], PrecisionError)
@@ -180,7 +180,7 @@ from pathlib import Path
 from derc.building import Builder
 from tests.engines import Faulty
 with Builder(Faulty(threads=1), workers=2) as builder:
-    list(builder.sessions({"a": Path(sys.argv[1]).read_bytes()}))
+    list(builder.sessions({"a": Path(sys.argv[1]).read_bytes()}.items()))
 """
 
 
