@@ -1,8 +1,8 @@
 """Synthetic zoos for the benchmarks of the search: donors whose features drift smoothly from input to output.
 
 All donors see the same probes. A donor's features at a cut are what all share, at that depth (smooth random factors,
-at a pace of the donor's own) and throughout, what is the donor's own (smooth too), and noise that neighbouring cuts do not share. The
-similarity of two cuts is the cosine of their U-centred Gram matrices: debiased linear CKA, without its clipping.
+at a pace of the donor's own) and throughout, what is the donor's own (smooth too), and noise that neighbouring cuts do
+not share. The similarity of two cuts is the cosine of their U-centred Gram matrices: debiased linear CKA, unclipped.
 """
 
 from __future__ import annotations

@@ -64,12 +64,13 @@ class Windows:
     """All donors' windows side by side, `size` wide; `cut` (donors, places, size) with the last repeated to fill up.
 
     `dislike` is a small number by which a cut falls back behind an equal one (the narrower wins, then the earlier), inf
-    where `cut` only fills up; `linked` (donors, places − 1, size, size) says which choices may follow one another.
+    where `cut` only fills up; `barrier` (donors, places − 1, size, size) is 0 where a choice at the next place (first
+    index) may follow one at this, else −inf.
     """
 
     cut: Array
     dislike: Array
-    linked: Array
+    barrier: Array
 
     @property
     def size(self) -> int:
@@ -118,7 +119,9 @@ class Zoo:
         """
         if self.rows is not None:
             cuts = self.rows[chosen].astype(np.float64)
-            return np.einsum("jm,dkm->jdk", cuts.sum(axis=0), cuts) - np.einsum("djm,dkm->jdk", cuts, cuts)
+            own = np.einsum("djm,dkm->jdk", cuts, cuts)
+            found: Array = np.einsum("jm,dkm->jdk", cuts.sum(axis=0), cuts) - own
+            return found
         alike = self.similarity[chosen[:, :, None, None], chosen[None, None, :, :]]
         every = np.arange(len(chosen))
         alike[every, :, every, :] = 0
@@ -140,16 +143,16 @@ class Zoo:
     def windows(self) -> Windows:
         size = max(menu.size for menu in self.menus)
         parts = [_window(menu, size) for menu in self.menus]
-        cut, dislike, linked = (np.stack(part) for part in zip(*parts, strict=True))
-        return Windows(cut, dislike, linked)
+        cut, dislike, barrier = (np.stack(part) for part in zip(*parts, strict=True))
+        return Windows(cut, dislike, barrier)
 
 
 def _window(menu: Menu, size: int) -> tuple[Array, Array, Array]:
     offset = menu.low[:, None] + np.arange(size)
     cut = np.minimum(offset, menu.high[:, None])
     dislike = np.where(offset > menu.high[:, None], np.inf, TIE * menu.width[cut] + ROUNDING * cut)
-    linked = menu.allows(cut[:-1, :, None], cut[1:, None, :])
-    return cut, dislike, linked
+    barrier = np.where(menu.allows(cut[:-1, None, :], cut[1:, :, None]), 0.0, -np.inf)
+    return cut, dislike, barrier
 
 
 def prepare(cuts: CutZoo, embedded: EmbeddedZoo, blocks: int, epsilon: float) -> Zoo:
@@ -218,28 +221,31 @@ def _least_largest(before: Array, blocks: int) -> float:
     return float(largest[-1])
 
 
-def best_path(worth: Array, linked: Array) -> Array:
-    """Most valuable choices (n, places) of windows, for `worth` (n, places, size) and `linked` (n or 1, …); exact."""
-    places = worth.shape[1]
+def best_path(worth: Array, barrier: Array) -> Array:
+    """Most valuable choices (n, places) of windows, for `worth` (n, places, size) and `barrier` (n or 1, …); exact.
+
+    Every choice whose worth is finite must have one before it that it may follow, as those of windows do.
+    """
+    n, places, _ = worth.shape
     if places == 0:
-        return np.zeros((len(worth), 0), np.int64)
-    value, came = worth[:, 0], list[Array]()
+        return np.zeros((n, 0), np.int64)
+    value, came, every = worth[:, 0], list[Array](), np.arange(n)
     for j in range(1, places):
-        options = np.where(linked[:, j - 1], value[:, :, None], -np.inf)
-        came.append(options.argmax(axis=1))
-        value = options.max(axis=1) + worth[:, j]
-    chosen, every = [value.argmax(axis=1)], np.arange(len(worth))
-    for back in reversed(came):
-        chosen.append(back[every, chosen[-1]])
-    return np.stack(chosen[::-1], axis=1)
+        came.append((value[:, None, :] + barrier[:, j - 1]).argmax(axis=2))
+        value = value[every[:, None], came[-1]] + worth[:, j]
+    chosen = np.empty((n, places), np.int64)
+    chosen[:, -1] = value.argmax(axis=1)
+    for j in range(places - 2, -1, -1):
+        chosen[:, j] = came[j][every, chosen[:, j + 1]]
+    return chosen
 
 
-def best_with(worth: Array, linked: Array) -> Array:
+def best_with(worth: Array, barrier: Array) -> Array:
     """For every choice at every place, the most that a path with it is worth: (n, places, size), as `best_path`."""
     forward, backward = worth.copy(), worth.copy()
     for j in range(1, worth.shape[1]):
-        forward[:, j] += np.where(linked[:, j - 1], forward[:, j - 1, :, None], -np.inf).max(axis=1)
+        forward[:, j] += (forward[:, j - 1, None, :] + barrier[:, j - 1]).max(axis=2)
     for j in range(worth.shape[1] - 2, -1, -1):
-        backward[:, j] += np.where(linked[:, j], backward[:, j + 1, None, :], -np.inf).max(axis=2)
+        backward[:, j] += (backward[:, j + 1, :, None] + barrier[:, j]).max(axis=1)
     found: Array = forward + backward - np.where(np.isfinite(worth), worth, 0)
     return found

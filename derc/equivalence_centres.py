@@ -76,7 +76,7 @@ class _Centred:
             column = near * self.size + choices[starts, near, places]
             toward = self.matrix.alike[places[:, :, None], column[:, :, None], mine]
             worth += np.where((near == d)[:, :, None], totals[:, :, window], toward)
-        better = best_path(worth - self.zoo.windows.dislike[d], self.zoo.windows.linked[d][None])
+        better = best_path(worth - self.zoo.windows.dislike[d], self.zoo.windows.barrier[d][None])
         start, place = np.nonzero(better != choices[:, d])
         totals[start, place] += self.matrix.alike[place, window.start + better[start, place]]
         totals[start, place] -= self.matrix.alike[place, window.start + choices[start, d, place]]

@@ -42,7 +42,7 @@ def half_zoos(zoo: Zoo, embedded: EmbeddedZoo, rows: Sequence[int]) -> tuple[Zoo
 
 def moved(cuts: Array, others: Sequence[Array]) -> float | None:
     """Share of the cuts (donors, places) that lie elsewhere in some of the `others`; None without any."""
-    return float(np.mean([other != cuts for other in others])) if others and cuts.size else None
+    return float(np.any([other != cuts for other in others], axis=0).mean()) if others and cuts.size else None
 
 
 def near_ties(zoo: Zoo, cuts: Array, others: Sequence[Array]) -> tuple[Other, ...]:
@@ -54,7 +54,7 @@ def near_ties(zoo: Zoo, cuts: Array, others: Sequence[Array]) -> tuple[Other, ..
         return ()
     total, found = float(zoo.objective(cuts[None])[0]), dict[tuple[int, int, int], Other]()
     worth = _worth(zoo, cuts)
-    reach = best_with(worth, zoo.windows.linked)
+    reach = best_with(worth, zoo.windows.barrier)
     best = reach.max(axis=(1, 2))
     for other in others:
         for donor, place in zip(*map(np.ndarray.tolist, np.nonzero(other != cuts)), strict=True):

@@ -34,22 +34,20 @@ class Matrix:
 
     def ascend(self, choices: Array) -> Array:
         """Improve each of `choices` (starts, donors, places), numbers in windows, until no single donor can."""
-        windows, size, places = self.zoo.windows, self.zoo.windows.size, np.arange(self.zoo.places)
-        done = choices.copy()
-        active = np.arange(len(choices))
-        current = choices.copy()
+        windows, size = self.zoo.windows, self.zoo.windows.size
+        done, current, active = choices.copy(), choices.copy(), np.arange(len(choices))
         totals = self.totals(current)
         for _ in range(SWEEPS):
             moved = np.zeros(len(current), bool)
             for d in range(len(windows.cut)):
                 own = self.zoo.menus[d].size
                 worth = totals[:, :, d * size : d * size + own] - windows.dislike[d, :, :own]
-                better = best_path(worth, windows.linked[d, None, :, :own, :own])
+                better = best_path(worth, windows.barrier[d, None, :, :own, :own])
                 start, place = np.nonzero(better != current[:, d])
                 if len(start):
                     moved[start] = True
-                    totals[start, place] += self.alike[places[place], d * size + better[start, place]]
-                    totals[start, place] -= self.alike[places[place], d * size + current[start, d, place]]
+                    totals[start, place] += self.alike[place, d * size + better[start, place]]
+                    totals[start, place] -= self.alike[place, d * size + current[start, d, place]]
                     current[:, d] = better
             done[active] = current
             if not moved.any():
@@ -119,7 +117,7 @@ def near_quantiles(zoo: Zoo) -> Array:
     """(donors, places): cuts near equal shares of the MACs."""
     wanted = (np.arange(1, zoo.blocks) / zoo.blocks)[:, None]
     far = np.stack([np.abs(menu.share[cut] - wanted) for menu, cut in zip(zoo.menus, zoo.windows.cut, strict=True)])
-    return best_path(-far - zoo.windows.dislike, zoo.windows.linked)
+    return best_path(-far - zoo.windows.dislike, zoo.windows.barrier)
 
 
 def aligned(zoo: Zoo, leader: int, choice: Array) -> Array:
@@ -131,7 +129,7 @@ def aligned(zoo: Zoo, leader: int, choice: Array) -> Array:
     else:
         products = zoo.rows @ zoo.rows[cuts].T
         worth = products[rows, np.arange(zoo.places)[None, :, None]].astype(np.float64)
-    found = best_path(worth - zoo.windows.dislike, zoo.windows.linked)
+    found = best_path(worth - zoo.windows.dislike, zoo.windows.barrier)
     found[leader] = choice
     return found
 
@@ -140,5 +138,5 @@ def drawn(zoo: Zoo, starts: int, random: np.random.Generator) -> Array:
     """(starts, donors, places) of random allowed cuts."""
     windows = zoo.windows
     worth = random.random((starts, *windows.cut.shape)) - windows.dislike
-    found = [best_path(one, windows.linked) for one in worth]
+    found = [best_path(one, windows.barrier) for one in worth]
     return np.stack(found) if found else np.zeros((0, *windows.cut.shape[:2]), np.int64)

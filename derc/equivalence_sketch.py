@@ -18,7 +18,10 @@ from derc.equivalence_search import SHAKE, aligned, cut_numbers, drawn, near_qua
 
 SWEEPS = 40
 POLISHES = 20
-STARTS = 8
+STARTS = (2, 8)
+"""Fewest and most starting points; a zoo of 1,000 donors gets the most, one of 10,000 four."""
+CHOSEN = 40_000
+"""Donors times starting points that are swept together."""
 SHAKES = 2
 CHUNK = 1 << 22
 """Numbers that are brought to float64 at a time."""
@@ -70,7 +73,7 @@ class Sketch:
             columns = start * self.zoo.places + self.places[0]
             for part in self._donors(self.windows.size**2):
                 worth = products[self.at[part], columns[None, :, None]] - self.dislike[part]
-                better[start, part] = best_path(worth, self.windows.linked[part])
+                better[start, part] = best_path(worth, self.windows.barrier[part])
         return better
 
     def climb(self, choices: Array) -> tuple[Array, Array]:
@@ -102,7 +105,7 @@ class Sketch:
                 mine = own[self.places[0], choice[d]]
                 others = sums - mine
                 worth = np.einsum("jsm,jm->js", own, others) - self.dislike[d, :, : menu.size]
-                better = best_path(worth[None], self.windows.linked[d, None, :, : menu.size, : menu.size])[0]
+                better = best_path(worth[None], self.windows.barrier[d, None, :, : menu.size, : menu.size])[0]
                 if (better != choice[d]).any():
                     moved += 1
                     sums, choice[d] = others + own[self.places[0], better], better
@@ -116,11 +119,12 @@ def search(zoo: Zoo, starts: int, seed: int) -> Array:
     if zoo.places == 0:
         return np.zeros((len(zoo.menus), 0), np.int64)
     random, sketch = np.random.default_rng(seed), Sketch(zoo)
-    choices, values = sketch.climb(_initial(zoo, min(starts, STARTS), random))
+    starts = min(starts, STARTS[1], max(CHOSEN // len(zoo.menus), STARTS[0]))
+    choices, values = sketch.climb(_initial(zoo, starts, random))
     best, value = choices[values.argmax()], values.max()
     for _ in range(SHAKES):
-        redraw = random.random((min(starts, STARTS), len(zoo.menus), 1)) < SHAKE
-        choices, values = sketch.climb(np.where(redraw, drawn(zoo, len(redraw), random), best))
+        redraw = random.random((starts, len(zoo.menus), 1)) < SHAKE
+        choices, values = sketch.climb(np.where(redraw, drawn(zoo, starts, random), best))
         if values.max() > value * (1 + 1e-12):
             best, value = choices[values.argmax()], values.max()
     return cut_numbers(zoo, sketch.polish(best))

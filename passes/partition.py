@@ -44,7 +44,7 @@ class PartitionZoo:
 
     blocks: int | str = 4
     epsilon: float = 0.2
-    starts: int = 32
+    starts: int = 16
     exact: bool = False
     time_limit_s: float = 60.0
     objective: str = "pairs"

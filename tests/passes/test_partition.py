@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from derc.artifacts import BlockRef, CutDonor, CutId, CutZoo, EmbeddedZoo, Partition
+from derc import streaming
+from derc.artifacts import BlockRef, CutDonor, CutId, CutZoo, EmbeddedZoo, Partition, decode, encode
 from derc.backends.gurobi import Gurobi
 from derc.backends.highs import Highs
 from derc.errors import UsageError
 from derc.passes.partition import PartitionZoo, partition
+from derc.similarity import similarity as similarity_of
 from tests.zoos import random_cuts, random_embedded
 
 Ends = tuple[int, ...]
@@ -172,3 +174,140 @@ def test_the_pass_runs_from_a_context_and_keys_on_its_seed() -> None:
     assert found.bound is not None
     assert found.blocks["d0"][0] == BlockRef("d0", 0, found.blocks["d0"][0].last, 0)
     assert step.inputs(context) == "0 highs"
+
+
+def features_of(cuts: CutZoo, seed: int, images: int = 96, *, noise: float = 0.3) -> list[np.ndarray]:
+    """Features of all cuts, in order, that drift along depth through four stages that all donors share."""
+    random = np.random.default_rng(seed)
+    stages = random.standard_normal((4, images, 6))
+    made = []
+    for donor in cuts.donors.values():
+        macs = np.concatenate([[0], np.cumsum([unit.macs for unit in donor.units])])
+        depth = 3 * macs / macs[-1]
+        weight = np.maximum(0, 1 - np.abs(depth[:, None] - np.arange(4)))
+        own = np.einsum("cs,snp->cnp", weight, stages)
+        made += [*(own + noise * random.standard_normal(own.shape)).astype(np.float32)]
+    return made
+
+
+def embedded_of(cuts: CutZoo, features: list[np.ndarray], *, sketched: bool = False) -> EmbeddedZoo:
+    """What `embed` makes of features: similarities with those of both halves, or sketched rows."""
+    index = tuple(CutId(name, i) for name, donor in cuts.donors.items() for i in range(len(donor.cuts)))
+    images = len(features[0])
+    parts = slice(0, images), slice(0, images // 2), slice(images // 2, images)
+    whole, *halves = (similarity_of([part[rows] for part in features], "cka-debiased") for rows in parts)
+    if not sketched:
+        return EmbeddedZoo(index, whole, images, "test", halves=np.stack(halves).astype(np.float32))
+    bounds = streaming.bounds(images)
+    sketch = streaming.Sketched(len(bounds))
+    columns = [
+        sketch.project(streaming.vectors([part[a:b] for part in features], (b - a) / images, "cka"), number)
+        for number, (a, b) in enumerate(bounds)
+    ]
+    return EmbeddedZoo(index, np.zeros((0, 0)), images, "test", rows=streaming.unit_rows(np.concatenate(columns, 1)))
+
+
+def test_sketched_rows_give_about_the_partition_that_similarities_give() -> None:
+    cuts = random_cuts(5, (14, 22, 17, 30, 12, 19))
+    features = features_of(cuts, 5)
+    dense, rows = embedded_of(cuts, features), embedded_of(cuts, features, sketched=True)
+    options = PartitionZoo()
+    one, other = partition(cuts, dense, options), partition(cuts, rows, options)
+    check_promises(cuts, one, options)
+    check_promises(cuts, other, options)
+    values = [objective(dense, ends_of(found)) for found in (one, other)]
+    assert values[0] == pytest.approx(one.objective)
+    assert values[1] >= 0.98 * values[0]
+    assert other.moved is not None
+
+
+def test_near_ties_lose_less_than_a_ten_thousandth() -> None:
+    cuts = random_cuts(8, (30, 42, 25, 38, 33))
+    embedded = embedded_of(cuts, features_of(cuts, 8, images=64, noise=1.0))
+    found = partition(cuts, embedded, PartitionZoo())
+    assert found.moved
+    for tie in found.near_ties:
+        ends = ends_of(found)
+        assert ends[tie.donor][tie.set + 1] == tie.cut != tie.other
+        assert 0 <= tie.loss < 1e-4
+    without = partition(cuts, replace(embedded, halves=None), PartitionZoo())
+    assert (without.moved, without.near_ties) == (None, ())
+    assert without.blocks == found.blocks
+
+
+def test_auto_takes_as_many_blocks_as_have_distinct_sets() -> None:
+    cuts = random_cuts(6, (24, 30, 28, 26, 22))
+    embedded = embedded_of(cuts, features_of(cuts, 6, images=256, noise=2.0))
+    found = partition(cuts, embedded, PartitionZoo(blocks="auto"))
+    blocks = len(found.blocks["d0"])
+    assert list(found.distinct) == [str(k) for k in range(2, 9)]
+    assert found.distinct[str(blocks)] >= 0.8
+    assert all(found.distinct[str(k)] < 0.8 for k in range(blocks + 1, 9))
+    assert 2 < blocks < 8
+    fixed = partition(cuts, embedded, PartitionZoo(blocks=blocks))
+    assert found.blocks == fixed.blocks
+
+
+def test_auto_where_nothing_is_distinct_and_where_there_is_one_donor() -> None:
+    cuts = random_cuts(6, (3, 9, 9))
+    flat = replace(random_embedded(6, cuts), similarity=np.random.default_rng(0).random((24, 24)))
+    found = partition(cuts, flat, PartitionZoo(blocks="auto"))
+    assert set(found.distinct) == {"2", "3"}
+    alone = random_cuts(6, (9,))
+    assert len(partition(alone, random_embedded(6, alone), PartitionZoo(blocks="auto")).blocks["d0"]) == 4
+
+
+def test_centres_name_the_donors_of_central_blocks() -> None:
+    cuts = random_cuts(9, (12, 9, 14, 10))
+    embedded = random_embedded(9, cuts)
+    options = PartitionZoo(blocks=3, objective="centres")
+    found = partition(cuts, embedded, options)
+    pairs = partition(cuts, embedded, PartitionZoo(blocks=3))
+    check_promises(cuts, found, options)
+    assert len(found.centres) == 3
+    assert set(found.centres) <= set(cuts.donors)
+    ends, total = ends_of(found), 0.0
+    for k, centre in enumerate(found.centres):
+        for name in cuts.donors.keys() - {centre}:
+            total += similarity(embedded, (name, ends[name][k]), (centre, ends[centre][k]))
+            total += similarity(embedded, (name, ends[name][k + 1]), (centre, ends[centre][k + 1]))
+    assert found.objective == pytest.approx(total)
+    assert objective(embedded, ends) <= pairs.objective + 1e-9
+
+
+def test_exact_states_the_gap() -> None:
+    cuts = random_cuts(4, (12, 15, 18, 10))
+    found = partition(cuts, random_embedded(4, cuts), PartitionZoo(), solver=Highs())
+    assert found.gap == pytest.approx(0, abs=1e-5)
+    assert partition(cuts, random_embedded(4, cuts), PartitionZoo()).gap is None
+
+
+@pytest.mark.parametrize(
+    ("options", "solver", "sketched", "word"),
+    [
+        (PartitionZoo(objective="medoids"), None, False, "one of pairs, centres"),
+        (PartitionZoo(blocks="many"), None, False, "--blocks must be at least 1, or auto"),
+        (PartitionZoo(objective="centres"), Highs(), False, "--exact proves the objective over pairs alone"),
+        (PartitionZoo(objective="centres"), None, True, "--sets centres needs"),
+        (PartitionZoo(), Highs(), True, "--exact needs"),
+    ],
+)
+def test_what_does_not_go_together_is_said(
+    options: PartitionZoo, solver: Highs | None, sketched: bool, word: str
+) -> None:
+    cuts = random_cuts(0, (6, 6))
+    embedded = embedded_of(cuts, features_of(cuts, 0), sketched=sketched)
+    with pytest.raises(UsageError, match=word):
+        partition(cuts, embedded, options, solver=solver)
+
+
+def test_a_program_too_large_to_write_down_is_refused() -> None:
+    cuts = random_cuts(0, (60,) * 60)
+    with pytest.raises(UsageError, match=r"--exact: the program would have \d+ variables, more than 400000"):
+        partition(cuts, random_embedded(0, cuts), PartitionZoo(epsilon=1.0), solver=Highs())
+
+
+def test_a_partition_survives_the_store() -> None:
+    cuts = random_cuts(8, (30, 42, 25))
+    found = partition(cuts, embedded_of(cuts, features_of(cuts, 8, noise=1.0)), PartitionZoo(blocks="auto"))
+    assert decode(Partition, *encode(found)) == found
