@@ -23,8 +23,8 @@ def compile(
     """Compile `zoo` into the bundle `out`; returns what `derc compile --json` prints.
 
     `options` are those of the command line with underscores: latency_ms, params_m, macs_g, memory_mb, blocks, epsilon,
-    solver, top, evaluations, profile_s, probe, seed, threads, batch, engine, precision, emit, checkpoint, input_size,
-    offline. Environment and derc.toml are not read. Raises the errors of `derc.errors`.
+    solver, top, evaluations, objective, profile_s, probe, seed, threads, batch, engine, precision, emit, checkpoint,
+    input_size, offline. Environment and derc.toml are not read. Raises the errors of `derc.errors`.
     """
     from derc.compiler import compile_bundle
     from derc.config import resolve

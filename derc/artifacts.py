@@ -167,27 +167,50 @@ class StitchedAssembly:
 
 @dataclass(frozen=True)
 class Scores:
-    """What proxies say of one assembled network on the validation images.
+    """What proxies say of one assembled network.
 
-    `correct` marks the images that it answers right, or without labels (`labelled` False) as the task donors' mean
-    prediction does.
+    `correct` marks the validation images that it answers right, or without labels (`labelled` False) as the task
+    donors' mean prediction does. `estimate` is what the `objective`, a proxy's name, says in its own measure, `share`
+    the same brought to [0, 1]; both are None where the objective is accuracy, which `correct` holds.
     """
 
     naswot: float
     labelled: bool
     correct: Array
+    objective: str = "accuracy"
+    estimate: float | None = None
+    share: float | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, or agreement with the task donors."""
+        return float(self.correct.mean())
 
     @property
     def value(self) -> float:
-        """What candidates are ranked by: accuracy, or agreement with the task donors."""
-        return float(self.correct.mean())
+        """What candidates are ranked by, in [0, 1], higher is better: accuracy, or the objective's share."""
+        return self.accuracy if self.share is None else self.share
+
+    def beats(self, other: Scores) -> bool:
+        """Whether this network may replace the other: significantly more right answers, or a higher objective.
+
+        Accuracies are compared in pairs: wins must exceed losses by one standard deviation of their difference.
+        """
+        if self.share is not None:
+            return self.value > other.value
+        wins, losses = int((self.correct & ~other.correct).sum()), int((other.correct & ~self.correct).sum())
+        return bool(wins - losses > (wins + losses) ** 0.5)
 
 
 @dataclass(frozen=True)
 class Consensus:
-    """What the task donors agree on: a class index for each validation image."""
+    """What the task donors agree on: a class index for each validation image, and what they believe of the probes.
+
+    `beliefs` is their mean softmax on the probe images, (n, classes); empty where the objective has no use for it.
+    """
 
     answers: Array
+    beliefs: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ SEARCH: tuple[Function, ...] = (
     click.option("--solver", type=click.Choice(["auto", "highs", "gurobi"]), help="Solver of the integer program."),
     click.option("--top", type=int, help="Solutions asked of the solver per round."),
     click.option("--evaluations", type=int, help="Assemblies stitched and scored at most."),
+    click.option("--objective", help="Proxy that ranks assemblies: accuracy, kl, linear_probe, …  [default: accuracy]"),
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 

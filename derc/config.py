@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from derc import registry
 from derc.engine import PRECISIONS
 from derc.errors import UsageError, suggest
 from derc.zoo import PRESETS
@@ -43,6 +44,7 @@ class CompileSettings(BaseModel):
     probe: int = Field(512, ge=8)
     top: int = Field(8, ge=1)
     evaluations: int = Field(24, ge=1)
+    objective: str = "accuracy"
     profile_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     seed: int = Field(0, ge=0)
     threads: int = Field(0, ge=0)
@@ -87,6 +89,16 @@ class CompileSettings(BaseModel):
         if value is not None and not all(names):
             raise ValueError("must name engines: onnxruntime, or onnxruntime,openvino:bf16")
         return ",".join(names) or None
+
+    @field_validator("objective")
+    @classmethod
+    def _known_proxy(cls, value: str) -> str:
+        """A proxy of ours, or of an installed package."""
+        if value not in registry.PROXIES:
+            known = registry.entries(registry.PROXIES, "derc.proxies")
+            if value not in known:
+                raise ValueError(f"{value!r} is none of {', '.join(known)}{suggest(value, known)}")
+        return value
 
     @field_validator("emit")
     @classmethod
@@ -255,6 +267,9 @@ TEMPLATE = """\
 # Assemblies that are scored per round, and in all.
 # top = 8
 # evaluations = 24
+# The proxy that they are ranked by: accuracy (without labels agreement with the donors), kl, linear_probe, naswot,
+# jacov, grad_norm, snip, synflow or fisher; docs/proxies.md says what each is worth.
+# objective = "accuracy"
 # Seconds that measuring all blocks may take together; what has not settled by then keeps a wider interval.
 # profile_s = 40.0
 # seed = 0

@@ -12,16 +12,14 @@ from derc.artifacts import Array
 from derc.data import Data, Split, label_map
 from derc.engine import Session
 from derc.lowered import Lowered
+from derc.mode import in_eval
 
 
 @torch.no_grad()
 def logits(network: nn.Module, split: Split, batch: int = 64) -> torch.Tensor:
-    """(n, classes) outputs in eval mode; the network's mode is restored."""
-    training = network.training
-    network.eval()
-    result = torch.cat([network(images) for images, _ in split.batches(batch)])
-    network.train(training)
-    return result
+    """(n, classes) outputs in eval mode; each part's own mode is restored."""
+    with in_eval(network):
+        return torch.cat([network(images) for images, _ in split.batches(batch)])
 
 
 def run_logits(session: Session, split: Split, batch: int) -> torch.Tensor:
@@ -62,8 +60,15 @@ def columns_of(labels: tuple[str, ...] | None, data: Data) -> tuple[int, ...] | 
 
 def consensus(donors: Iterable[Lowered], split: Split) -> Array:
     """Class indices that the donors' mean softmax predicts; their heads must agree in their classes."""
-    total = sum(logits(donor.program, split).softmax(1) for donor in donors)
-    if not isinstance(total, torch.Tensor):
+    found: Array = beliefs([(donor, None) for donor in donors], split).argmax(1)
+    return found
+
+
+def beliefs(donors: Iterable[tuple[Lowered, tuple[int, ...] | None]], split: Split) -> Array:
+    """(n, classes) float32: the donors' mean softmax over the outputs that each one's columns pick, None: all."""
+    rows = [(logits(donor.program, split), columns) for donor, columns in donors]
+    if not rows:
         raise ValueError("consensus needs at least one donor")
-    found: Array = total.argmax(1).numpy()
+    picked = [outputs if columns is None else outputs[:, list(columns)] for outputs, columns in rows]
+    found: Array = (sum(one.softmax(1) for one in picked) / len(picked)).numpy()  # type: ignore[union-attr]
     return found

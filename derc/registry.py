@@ -27,7 +27,25 @@ ENGINES = {
     "inductor": "derc.backends.inductor:Inductor",
     "tensorrt": "derc.backends.tensorrt:TensorRt",
 }
+VARIANTS = {
+    "onnxruntime": ("cuda", "tensorrt", "openvino"),
+    "openvino": ("bf16",),
+    "inductor": ("cuda",),
+    "tensorrt": (),
+}
+"""Of our own engines, besides the plain one."""
 SOLVERS = {"highs": "derc.backends.highs:Highs", "gurobi": "derc.backends.gurobi:Gurobi"}
+PROXIES = {
+    "accuracy": "derc.scoring.outputs:Accuracy",
+    "kl": "derc.scoring.outputs:Divergence",
+    "linear_probe": "derc.scoring.linear_probe:LinearProbe",
+    "naswot": "derc.scoring.codes:Naswot",
+    "jacov": "derc.scoring.jacobian:Jacov",
+    "grad_norm": "derc.scoring.gradients:GradNorm",
+    "snip": "derc.scoring.gradients:Snip",
+    "synflow": "derc.scoring.synflow:SynFlow",
+    "fisher": "derc.scoring.fisher:Fisher",
+}
 EXTRAS = {
     "onnxruntime": "cpu",
     "gurobipy": "gurobi",
@@ -39,11 +57,17 @@ EXTRAS = {
 
 
 def known_engine(spec: str) -> None:
-    """Raise UsageError unless there is an engine of this name; its variant and what it needs are not looked at."""
+    """Raise UsageError unless there is an engine of this name and variant; what it needs is not looked at.
+
+    Variants of engines that a plug-in brings are not looked at either.
+    """
     known = entries(ENGINES, "derc.backends")
-    name, _ = parse(spec)
+    name, variant = parse(spec)
     if name not in known:
         raise UsageError(f"unknown engine {name!r}, known: {', '.join(sorted(known))}{suggest(name, known)}")
+    if variant and name in VARIANTS and variant not in VARIANTS[name]:
+        named = ", ".join([name, *(f"{name}:{one}" for one in VARIANTS[name])])
+        raise UsageError(f"unknown variant {spec}, known: {named}{suggest(variant, VARIANTS[name])}")
 
 
 def open_engine(spec: str, threads: int = 0) -> Engine:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from derc import registry, triton
+from derc import registry, scoring, triton
 from derc.artifacts import digest
 from derc.console import Console
 from derc.data import Data
@@ -129,14 +129,25 @@ def open_contexts(settings: CompileSettings, console: Console) -> tuple[Context,
     engines = [registry.open_engine(one.engine if present else STAND_IN, one.threads * present) for one in targets]
     where = "here" if present else f"on this machine, which is not {target.name}"
     precisions = [lower_precisions(engine, settings.precisions, where) for engine in engines]
+    for own, more in zip((engine.precisions[0] for engine in engines), precisions, strict=True):
+        check_objective(settings.objective, (own, *more[1:]))
     store = Store.default(say=console.say, on_damage=console.say)
     zoo = open_zoo(settings, store, console)
     data = open_data(settings, zoo, console)
     lowered = LiveDonors(zoo, NEGLIGIBLE)
     return tuple(
-        Context(zoo, data, one, store, engine, solver, lowered, console, settings.seed, lower)
+        Context(zoo, data, one, store, engine, solver, lowered, console, settings.seed, lower, settings.objective)
         for one, engine, lower in zip(targets, engines, precisions, strict=True)
     )
+
+
+def check_objective(name: str, precisions: tuple[str, ...]) -> None:
+    """Raise UsageError where networks are computed in other precisions than float32 and the proxy would not see it."""
+    if precisions != ("fp32",) and not scoring.open_proxy(name).sees_precision:
+        raise UsageError(
+            f"--objective {name} judges networks in float32, so it cannot tell {', '.join(precisions)} apart: "
+            "rank by accuracy or kl, or compile in float32"
+        )
 
 
 def lower_precisions(engine: Engine, asked: tuple[str, ...], where: str = "here") -> tuple[str, ...]:

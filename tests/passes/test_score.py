@@ -10,7 +10,8 @@ from torch import nn
 from derc.artifacts import Assembly, BlockRef, StitchedAssembly
 from derc.data import Data, Split
 from derc.judge import answers
-from derc.passes.score import Consult, Score, log_determinant, naswot
+from derc.passes.score import Consult, Score
+from derc.scoring.codes import log_determinant, naswot
 from tests.world import make_context
 
 
