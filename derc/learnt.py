@@ -1,20 +1,21 @@
 """What the selection believes of loss and latency: priors from similarity and block timings, refitted to what was seen.
 
-Both are sums over a path's edges. Corrections come from Bayesian linear regression on indicators of each block, of each
-edge and of being stitched, all with prior mean zero. What is known of a whole assembly replaces the sum.
+Both are sums over a path's edges. The loss is corrected by the model of `derc.surrogate`, on numbers that describe
+blocks and stitches and on indicators of donors, blocks and pairs. What is known of a whole assembly replaces the sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from derc.artifacts import Array, Assembly, CutId, CutZoo, EmbeddedZoo, Knowledge, LatencyTable
 from derc.errors import DercError
-from derc.layered import Layered
+from derc.layered import Edge, Layered
 from derc.prediction import predict, wholes
+from derc.surrogate import Group, Surrogate, fit, indicators
 
 STITCH_LOSS = 0.01
 """Prior loss of a stitch between identical values."""
@@ -28,8 +29,20 @@ DISTORTION_LOSS = 1.0
 """Prior loss of a block of which a lower precision leaves nothing."""
 UNKNOWN_DISTORTION = 0.05
 """Taken for a block whose lower precision was never compared with float32."""
-LOSS_SPREADS = (0.1, 0.05, 0.1, 0.01)
-"""Prior standard deviations of the stitched, block and edge corrections of the loss, and the noise of a score."""
+SPREADS = {
+    "level": 3.0,
+    "prior": 5.0,
+    "stitches": 0.7,
+    "sizes": 0.3,
+    "donor": 0.3,
+    "donors": 0.3,
+    "block": 0.5,
+    "form": 0.5,
+    "pair": 0.7,
+}
+"""Standard deviations of the corrections of the loss, in units of its scale, before anything was evaluated."""
+NOISE_SPREAD = 0.2
+"""The same of what no sum over edges explains."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class Learnt:
     """Predicted `loss` (1 − score) and `latency_ms` of each edge, and what is known of whole assemblies.
 
     `latency_ms` is None without a latency table. `measured` holds the median and the upper end of its interval, in ms.
+    `loss` is the posterior mean of the `surrogate`, or one draw from it.
     """
 
     graph: Layered
@@ -44,6 +58,16 @@ class Learnt:
     latency_ms: Array | None
     losses: Mapping[Assembly, float]
     measured: Mapping[Assembly, tuple[float, float]]
+    surrogate: Surrogate | None = None
+
+    def draw(self, random: np.random.Generator) -> Learnt:
+        """The same with losses of edges that are drawn from what is believed of them, where there is a surrogate."""
+        return self if self.surrogate is None else replace(self, loss=self.surrogate.draw(random))
+
+    def belief(self, assembly: Assembly) -> tuple[float, float]:
+        """Posterior mean and standard deviation of an assembly's loss as a sum over its edges."""
+        path = self._path(assembly)
+        return float(self.loss[list(path)].sum()), self.surrogate.deviation(path) if self.surrogate else 0.0
 
     def expected_loss(self, assembly: Assembly) -> float:
         """The known loss of an assembly, else the predicted one."""
@@ -77,13 +101,17 @@ def learn(
     known = (wholes(table, graph) if table else {}) | {one.assembly: one.latency for one in seen if one.latency}
     measured = {assembly: (latency.ms, latency.high_ms) for assembly, latency in known.items()}
     whole = {assembly: latency.ms for assembly, latency in known.items()}
-    loss = prior_loss(graph, cuts, embedded, table.distortion if table else {})
+    prior = prior_loss(graph, cuts, embedded, table.distortion if table else {})
+    paths, values = [graph.path(assembly) or () for assembly in losses], np.array(list(losses.values()))
+    telling = [not assembly.intact for assembly in losses]
+    surrogate = fit(features(graph, cuts, embedded, prior), prior, paths, values, NOISE_SPREAD, telling)
     return Learnt(
         graph=graph,
-        loss=loss + corrections(graph, losses, loss, LOSS_SPREADS),
+        loss=surrogate.mean,
         latency_ms=predict(graph, cuts, table, whole).latency_ms if table else None,
         losses=losses,
         measured=measured,
+        surrogate=surrogate,
     )
 
 
@@ -134,47 +162,57 @@ def _donor_errors(cuts: CutZoo, embedded: EmbeddedZoo) -> dict[str, float]:
     return {name: SIZE_LOSS * (largest - value) / spread for name, value in size.items()}
 
 
-def corrections(graph: Layered, known: Mapping[Assembly, float], predicted: Array, spreads: tuple[float, ...]) -> Array:
-    """What to add to each edge's prediction so that sums over the `known` assemblies come near their values.
+def features(graph: Layered, cuts: CutZoo, embedded: EmbeddedZoo, prior: Array) -> tuple[Group, ...]:
+    """What corrections of the losses of a graph's edges may depend on; `prior` are the losses before.
 
-    `spreads` are the prior standard deviations of the corrections for being stitched, for each block and for each edge,
-    and the noise of a value: the posterior mean of Gaussian linear regression. A block in a lower precision shares what
-    is learnt of it in float32, and has one more correction, of the same spread, of its own.
+    A block in a lower precision shares what is learnt of it in float32, and has a correction of its own besides.
     """
-    paths = [(path, value) for a, value in known.items() if (path := graph.path(a)) is not None]
-    if not paths:
-        return np.zeros(len(graph.edges))
-    taken = np.zeros((len(paths), len(graph.edges)))
-    for row, (path, _) in enumerate(paths):
-        taken[row, list(path)] = 1
-    residual = np.array([value for _, value in paths]) - taken @ predicted
-    covariance = _covariance(graph, taken, spreads)
-    weights = np.linalg.solve(taken @ covariance.T + spreads[3] ** 2 * np.eye(len(paths)), residual)
-    result: Array = weights @ covariance
-    return result
+    edges = graph.edges
+    plain = [edge.target and edge.target.plain for edge in edges]
+    form = [None if edge.target is at_full else edge.target for edge, at_full in zip(edges, plain, strict=True)]
+    steps = [edge.target and (edge.source and edge.source.plain, edge.target.plain) for edge in edges]
+    return (
+        Group("level", SPREADS["level"], values=np.array([[float(edge.source is None)] for edge in edges])),
+        Group("prior", SPREADS["prior"], values=prior[:, None]),
+        Group("stitches", SPREADS["stitches"], values=_joints(graph, cuts, embedded)),
+        Group("sizes", SPREADS["sizes"], values=_sizes(graph)),
+        indicators("donor", SPREADS["donor"], [block and block.donor for block in plain]),
+        indicators("donors", SPREADS["donors"], [_donors(edge) for edge in edges]),
+        indicators("block", SPREADS["block"], plain),
+        indicators("form", SPREADS["form"], form),
+        indicators("pair", SPREADS["pair"], steps),
+    )
 
 
-def _covariance(graph: Layered, taken: Array, spreads: tuple[float, ...]) -> Array:
-    """Prior covariance of each edge's correction with the sum over the edges marked in each row of `taken`."""
-    stitched = np.array([edge.stitch is not None for edge in graph.edges], np.float64)
-    targets = [edge.target for edge in graph.edges]
-    plain = [target and target.plain for target in targets]
-    inner = np.array([target is not None for target in targets])
-    lower = np.array([target is not at_full for target, at_full in zip(targets, plain, strict=True)])
-    sources = [edge.source and edge.source.plain for edge in graph.edges]
-    shared, block, edge, _ = (spread**2 for spread in spreads)
-    blocks = _count(plain, taken) + lower * _count(targets, taken)
-    own = block * blocks + edge * _count(list(zip(sources, plain, strict=True)), taken)
-    result: Array = shared * stitched * (taken @ stitched)[:, None] + inner * own
-    return result
+def _joints(graph: Layered, cuts: CutZoo, embedded: EmbeddedZoo) -> Array:
+    """(edges, 4) of stitches: 1, dissimilarity, log of the channels' ratio, and whether maps become tokens or back."""
+    rows, position = np.zeros((len(graph.edges), 4)), embedded.position
+    for place, edge in enumerate(graph.edges):
+        if edge.stitch is not None and edge.source is not None and edge.target is not None:
+            before, after = CutId(edge.source.donor, edge.source.last), CutId(edge.target.donor, edge.target.first)
+            one, other = (cuts.donors[cut.donor].cuts[cut.cut].type for cut in (before, after))
+            channels = float(np.log(other.channels / one.channels))
+            unlike = 1 - embedded.alike(position[before], position[after])
+            rows[place] = 1.0, unlike, channels, one.layout is not other.layout
+    return rows
 
 
-def _count(keys: Sequence[Hashable], taken: Array) -> Array:
-    """For each edge (column), how many of the edges marked in each row of `taken` have its key."""
-    number: dict[Hashable, int] = {}
-    numbers = np.array([number.setdefault(key, len(number)) for key in keys])
-    found: Array = np.stack([np.bincount(numbers, row, len(number)) for row in taken])[:, numbers]
+def _sizes(graph: Layered) -> Array:
+    """(edges, 2): standardised logarithms of the parameters and of the MACs of what the edges lead through."""
+    inner = np.array([edge.target is not None for edge in graph.edges])
+    logs = np.log1p(np.stack([graph.column("params"), graph.column("macs")], axis=1))
+    if not inner.any():
+        return np.zeros_like(logs)
+    middle, spread = logs[inner].mean(axis=0), np.maximum(logs[inner].std(axis=0), 1e-9)
+    found: Array = inner[:, None] * (logs - middle) / spread
     return found
+
+
+def _donors(edge: Edge) -> tuple[str, str] | None:
+    """The donors that a stitch joins."""
+    if edge.stitch is None or edge.source is None or edge.target is None:
+        return None
+    return edge.source.donor, edge.target.donor
 
 
 def margin_from(table: LatencyTable, quantile: float = 0.9) -> float:

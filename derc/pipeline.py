@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from derc.artifacts import digest
+from derc.artifacts import decode, digest, encode
 from derc.building import Builder
 from derc.console import Console
 from derc.engine import Engine
@@ -41,6 +41,7 @@ NOT_IN_KEYS: tuple[str, ...] = (
     "inspection",
 )
 NOT_IN_KEYS += ("completing", "disturbances", "shipping", "manifest", "outcome", "search", "summary", "version")
+NOT_IN_KEYS += ("proposing", "evaluations")
 NOT_IN_KEYS += ("cli_targets", "shelf", "tabling", "target_views")
 NOT_IN_KEYS += ("assembling", "planning", "recipe", "recipe_bundle")
 """Core modules that no pass's result depends on."""
@@ -103,6 +104,11 @@ class Timings:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.reused[name] = reused and self.reused.get(name, True)
 
+    def include(self, other: Timings) -> None:
+        """Add all of another's."""
+        for name, seconds in other.seconds.items():
+            self.add(name, seconds, other.reused[name])
+
 
 @cache
 def code_version(module: str) -> str:
@@ -118,19 +124,22 @@ def code_version(module: str) -> str:
 
 
 def execute(step: Pass[Out], context: Context, *artifacts: Any, timings: Timings) -> Out:
-    """Run `step`, or take its artifact from the store where the same step ran on the same inputs before."""
+    """Run `step`, or take its artifact from the store where the same step ran on the same inputs before.
+
+    Either way it is as the store gives it, mappings in the order of their keys, so that what follows is the same.
+    """
     start = time.perf_counter()
     key = digest(
         [step.name, code_version(type(step).__module__), step.inputs(context)], step, *[digest(a) for a in artifacts]
     )
     found: Out | None = context.store.get(key, step.produces)
+    reused = found is not None
     if found is None:
         if step.name not in timings.seconds:
             context.console.say(f"{step.name} …")
         with context.console.status(step.name):
             result = step.run(context, *artifacts)
         context.store.put(key, result, note=step.name)
-    else:
-        result = found
-    timings.add(step.name, time.perf_counter() - start, found is not None)
-    return result
+        found = decode(step.produces, *encode(result))
+    timings.add(step.name, time.perf_counter() - start, reused)
+    return found

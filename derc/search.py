@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import nan
 
 from derc.artifacts import (
     Assembly,
@@ -21,10 +23,15 @@ from derc.artifacts import (
 )
 from derc.deployed import differs
 from derc.errors import DercError, InfeasibleError, MissingDependencyError
+from derc.evaluations import DONOR, PRIOR, Entry, kept_seconds
 from derc.passes.score import Consult, Score
 from derc.passes.select import Select
 from derc.passes.stitch import FitStitches
 from derc.pipeline import Context, Timings, execute
+from derc.proposing import Proposal, Propose
+
+BATCH = 2
+"""Networks that are evaluated between two refits: one by the posterior mean, one by a draw."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class Search:
     failed: dict[Assembly, str] = field(default_factory=dict)
     """Assemblies that the engine could not build, or not compute in their precisions, and why."""
     selection: Selection | None = None
+    log: list[Entry] = field(default_factory=list)
+    """Every evaluation in order, of donors and of what failed too."""
 
     def run(self) -> None:
         """Evaluate until the evaluation budget is spent or nothing new is proposed.
@@ -65,7 +74,11 @@ class Search:
         """
         self._evaluate_intact()
         self.explore(self.evaluations)
-        while self.spent < self.evaluations and self.explore(self.evaluations - self.spent):
+        self.spend()
+
+    def spend(self) -> None:
+        """Evaluate in small rounds until the evaluation budget is spent or nothing new is proposed."""
+        while self.spent < self.evaluations and self.explore(min(BATCH, self.evaluations - self.spent)):
             pass
 
     @property
@@ -80,26 +93,29 @@ class Search:
         return Knowledge((*seen, *(Evaluated(assembly, 0.0) for assembly in self.failed)))
 
     def explore(self, most: int) -> int:
-        """One round: solve, then stitch and score the new candidates, `most` at the most; returns how many were new."""
-        select = replace(self.select, fresh=self.selection is not None)
+        """One round: solve, then stitch and score the new candidates, `most` at the most; returns how many were new.
+
+        The first round's are the `select.top` best before any assembly was evaluated. Later on, half are the best by
+        the posterior mean, and the others the best by a draw from the posterior each.
+        """
+        first, count = self.selection is None, min(most, self.select.top)
+        step = Propose(
+            replace(self.select, fresh=not first),
+            count=self.select.top if first else count,
+            greedy=self.select.top if first else (count + 1) // 2,
+            seed=self.context.seed,
+            round=self.log[-1].round + 1 if self.log else 1,
+        )
+        zoo = self.cuts, self.embedded, self.partition, self.table, self.knowledge
         try:
-            selection = execute(
-                select,
-                self.context,
-                self.cuts,
-                self.embedded,
-                self.partition,
-                self.table,
-                self.knowledge,
-                timings=self.timings,
-            )
+            proposals = execute(step, self.context, *zoo, timings=self.timings)
         except InfeasibleError:
             if next(self.fitting(intact=True), None) is None:
                 raise
             return 0
-        self.selection = self.selection or selection
-        fresh = [c for c in selection.candidates if c.assembly not in {**self.judged, **self.failed}][:most]
-        self._evaluate(fresh)
+        self.selection = self.selection or proposals.selection
+        fresh = [p for p in proposals.found if p.candidate.assembly not in {**self.judged, **self.failed}][:count]
+        self._evaluate(fresh, step.round, first=first)
         return len(fresh)
 
     def _evaluate_intact(self) -> None:
@@ -111,30 +127,61 @@ class Search:
                     f"donor {name} is no candidate as a whole: {', '.join(lacking) or name} could not be built"
                 )
                 del intact[name]
-        self._evaluate([Candidate(assembly, 0.0, {}) for assembly in intact.values()])
+        self._evaluate([Proposal(Candidate(assembly, 0.0, {}), DONOR, nan, nan) for assembly in intact.values()], 0)
         for name, assembly in intact.items():
             if assembly in self.judged and self.table.donors[name].provenance != "predicted":
                 self.record(assembly, self.table.donors[name])
 
-    def _evaluate(self, candidates: list[Candidate]) -> None:
-        if not candidates:
+    def _evaluate(self, proposals: list[Proposal], number: int, *, first: bool = False) -> None:
+        """Stitch and score what round `number` proposes, and log it."""
+        if not proposals:
             return
         reference = execute(Consult(), self.context, timings=self.timings)
-        for candidate in self.context.console.track(candidates, "stitch", len(candidates)):
-            assembly = candidate.assembly
-            plain = execute(FitStitches(), self.context, assembly.plain, timings=self.timings)
-            one = replace(plain, assembly=assembly)
+        for one in self.context.console.track(proposals, "stitch", len(proposals)):
+            assembly = one.candidate.assembly
+            started, watch = time.perf_counter(), Timings()
+            plain = execute(FitStitches(), self.context, assembly.plain, timings=watch)
+            stitched = replace(plain, assembly=assembly)
             try:
-                scores = execute(Score(), self.context, one, reference, timings=self.timings)
+                scores = execute(Score(), self.context, stitched, reference, timings=watch)
             except DercError as error:
                 if isinstance(error, MissingDependencyError) or not differs(self.context, assembly):
                     raise
                 self.refuse(assembly, str(error))
+                self._note(one, number, first=first, score=None, failed=str(error))
                 continue
-            predicted = candidate.predicted or self.select.predict(
+            finally:
+                self.timings.include(watch)
+            predicted = one.candidate.predicted or self.select.predict(
                 assembly, self.cuts, self.embedded, self.partition, self.table, self.knowledge
             )
-            self.judged[assembly] = Judged(one, scores, predicted)
+            self.judged[assembly] = Judged(stitched, scores, predicted)
+            seconds = kept_seconds(self.context.store, stitched, scores, time.perf_counter() - started, watch)
+            self._note(one, number, first=first, score=scores.value, seconds=seconds)
+
+    def _note(
+        self,
+        one: Proposal,
+        number: int,
+        *,
+        first: bool,
+        score: float | None,
+        seconds: float | None = None,
+        failed: str | None = None,
+    ) -> None:
+        donor = one.by == DONOR
+        entry = Entry(
+            number=len(self.log) + 1,
+            round=number,
+            by=PRIOR if first else one.by,
+            assembly=str(one.candidate.assembly),
+            predicted=None if donor else round(1 - one.loss, 6),
+            deviation=None if donor else round(one.deviation, 6),
+            score=score,
+            seconds=seconds,
+            failed=failed,
+        )
+        self.log.append(entry)
 
     def refuse(self, assembly: Assembly, reason: str) -> None:
         """Leave an assembly out from now on."""

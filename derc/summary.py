@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from derc import bundle
+from derc import bundle, evaluations
 from derc.artifacts import Emitted, Shipped
 from derc.config import KEYS, CompileSettings
 from derc.ir import Graph
@@ -108,7 +108,8 @@ def _files(outcome: Outcome) -> dict[str, bytes]:
     samples = sample_lines(outcome.search.table.samples | shipped.samples).encode()
     if outcome.settings.emit == "triton":
         files |= served(files, target_of(outcome.context)["engine"])
-    return {**files, "samples.jsonl": samples, "reproduce.sh": script}
+    log = evaluations.lines(outcome.search.log).encode()
+    return {**files, "samples.jsonl": samples, evaluations.FILE: log, "reproduce.sh": script}
 
 
 def served(files: Mapping[str, bytes], described: Mapping[str, str]) -> dict[str, bytes]:

@@ -69,8 +69,7 @@ def _explore(search: Search, *, first: bool) -> None:
     if first:
         search.run()
         return
-    while search.spent < search.evaluations and search.explore(search.evaluations - search.spent):
-        pass
+    search.spend()
 
 
 def front(search: Search) -> tuple[Assembly, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
 
 from derc.artifacts import Assembly, Evaluated, Knowledge
 from derc.errors import DercError
-from derc.learnt import corrections, margin_from, prior_loss
+from derc.learnt import margin_from, prior_loss
 from derc.passes.select import Select
 from tests.layers import paths, random_knowledge, random_problem, without_accuracy
 from tests.zoos import latency, table_of
@@ -87,31 +88,42 @@ def test_additive_truth_is_learnt_from_samples() -> None:
 
 
 @pytest.mark.parametrize("lower", [(), ("fp16", "int8")])
-def test_corrections_are_those_of_the_explicit_regression(lower: tuple[str, ...]) -> None:
+def test_features_are_those_of_the_edges(lower: tuple[str, ...]) -> None:
     problem = random_problem(6, (4, 4, 4), lower=lower)
     learnt = problem.learn(Select())
-    graph = learnt.graph
-    known = {a: float(i % 5) for i, a in enumerate(list(paths(learnt))[::7])}
-    spreads = (0.3, 0.2, 0.5, 0.1)
-    columns: dict[object, int] = {}
+    assert learnt.surrogate is not None
+    edges, groups = learnt.graph.edges, {group.name: group for group in learnt.surrogate.groups}
 
-    def column(feature: object) -> int:
-        return columns.setdefault(feature, len(columns))
+    def shared(name: str, one: int, other: int) -> bool:
+        keys = groups[name].keys
+        assert keys is not None
+        return bool(keys[one] == keys[other] >= 0)
 
-    design = np.zeros((len(graph.edges), 4 * len(graph.edges)))
-    for place, edge in enumerate(graph.edges):
-        design[place, column("stitched")] = 0.3 * (edge.stitch is not None)
-        if edge.target is not None:
-            source = edge.source and (edge.source.donor, edge.source.first)
-            target = edge.target.donor, edge.target.first
-            design[place, column(target)] = 0.2
-            design[place, column((source, target))] = 0.5
-            if edge.target.precision != "fp32":
-                design[place, column((target, edge.target.precision))] = 0.2
-    rows = np.array([design[list(graph.path(a) or ())].sum(axis=0) for a in known])
-    residual = np.array([v - learnt.loss[list(graph.path(a) or ())].sum() for a, v in known.items()])
-    weights = np.linalg.solve(rows.T @ rows + 0.01 * np.eye(rows.shape[1]), rows.T @ residual)
-    assert corrections(graph, known, learnt.loss, spreads) == pytest.approx(design @ weights, abs=1e-8)
+    for one, other in combinations(range(0, len(edges), 7), 2):
+        a, b = edges[one], edges[other]
+        blocks = a.target is not None and b.target is not None and a.target.plain == b.target.plain
+        sources = [edge.source and edge.source.plain for edge in (a, b)]
+        assert shared("block", one, other) == blocks
+        assert shared("pair", one, other) == (blocks and sources[0] == sources[1])
+        assert shared("donor", one, other) == bool(a.target and b.target and a.target.donor == b.target.donor)
+        lowered = a.target is not None and a.target.plain is not a.target
+        assert shared("form", one, other) == (lowered and a.target == b.target)
+        joined = [e.stitch and e.source and e.target and (e.source.donor, e.target.donor) for e in (a, b)]
+        assert shared("donors", one, other) == (joined[0] == joined[1] and bool(joined[0]))
+    joints, level = groups["stitches"].values, groups["level"].values
+    assert joints is not None and level is not None
+    for place, edge in enumerate(edges):
+        assert joints[place, 0] == (edge.stitch is not None)
+        assert level[place, 0] == (edge.source is None)
+
+
+def test_draws_are_other_losses_of_the_same_graph_and_come_again_under_the_seed() -> None:
+    problem = random_problem(5, (5, 5, 5))
+    learnt = problem.learn(Select(), random_knowledge(3, problem.learn(Select()), 8))
+    one, two, three = (learnt.draw(np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(one.loss, two.loss) and not np.array_equal(one.loss, three.loss)
+    assert one.losses is learnt.losses and one.graph is learnt.graph
+    assert np.isfinite(one.loss).all()
 
 
 def test_assemblies_of_another_partition_are_left_out() -> None:

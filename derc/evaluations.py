@@ -1,0 +1,65 @@
+"""The log of a search: each network that was evaluated, in order, what was believed of it and what proposed it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from derc.artifacts import Scores, StitchedAssembly, digest
+
+if TYPE_CHECKING:
+    from derc.pipeline import Timings
+    from derc.store import Store
+
+FILE = "evaluations.jsonl"
+"""Where a bundle keeps it."""
+DONOR, PRIOR, MEAN, DRAW = "donor", "prior", "mean", "draw"
+"""What may have proposed a network: it is a donor, or the best before anything was evaluated (a diverse design), by the
+posterior mean, or in a draw from the posterior."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluation: its `number` from 1 and its `round` from 0, where the donors are round 0.
+
+    `predicted` and `deviation` are the mean and standard deviation of the score that were believed before. `score` is
+    None for a network that could not be built, and `failed` says why. `seconds` are those that stitches and proxies
+    took when they were first computed, None where that is not known.
+    """
+
+    number: int
+    round: int
+    by: str
+    assembly: str
+    predicted: float | None
+    deviation: float | None
+    score: float | None
+    seconds: float | None = None
+    failed: str | None = None
+
+
+def kept_seconds(
+    store: Store, stitched: StitchedAssembly, scores: Scores, seconds: float, watch: Timings
+) -> float | None:
+    """What the evaluation took when it was first made: `seconds` now, or what the store knows of one that it gave.
+
+    None where the store gave it and does not know, as after an interruption between the two.
+    """
+    key = digest(["evaluated"], stitched, scores)
+    if all(watch.reused.values()):
+        known = store.get_bytes(key)
+        return None if known is None else float(known)
+    store.put_bytes(key, repr(round(seconds, 6)).encode(), note=f"seconds of {stitched.assembly}")
+    return round(seconds, 6)
+
+
+def lines(entries: Iterable[Entry]) -> str:
+    """JSON, one evaluation a line."""
+    return "".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries)
+
+
+def read(text: str) -> tuple[Entry, ...]:
+    """Inverse of `lines`."""
+    return tuple(Entry(**json.loads(line)) for line in text.splitlines())

@@ -1,0 +1,162 @@
+"""A search that is interrupted goes on where it was, and comes to the same answer by the same evaluations."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from derc import evaluations, layered
+from derc.artifacts import LatencyTable
+from derc.compiler import analyse
+from derc.config import resolve
+from derc.console import Console
+from derc.evaluations import Entry
+from derc.passes.select import Select
+from derc.pipeline import Timings
+from derc.search import Search
+from derc.store import Store
+from tests.conftest import small_zoo
+from tests.world import make_context
+from tests.zoos import latency
+
+T = TypeVar("T")
+OF_THE_SEARCH = ("stitch", "score", "select", "seconds of")
+
+
+class Stopping(Console):
+    """Interrupts the work after so many evaluations."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(quiet=True)
+        self.left = after
+
+    def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
+        for item in items:
+            if label == "stitch":
+                self.left -= 1
+                if self.left < 0:
+                    raise KeyboardInterrupt
+            yield item
+
+
+def make_search(folder: Path, console: Console, seed: int = 0) -> Search:
+    """A search over three untrained donors with latencies that are made up."""
+    context = replace(make_context(folder, "resnet", "vit", "convnext"), console=console, seed=seed)
+    timings = Timings()
+    found = analyse(context, resolve({}, {}, None), timings)
+    blocks = {str(block): latency(1.0) for chain in found.partition.blocks.values() for block in chain}
+    stitches = {e.stitch: latency(0.1) for e in layered.build(found.cuts, found.partition).edges if e.stitch}
+    names = tuple(context.zoo.names)
+    table = LatencyTable("cpu", {}, dict.fromkeys(names, latency(4.0)), blocks, stitches, 0.01)
+    select = Select(latency_ms=4.25, top=3, heads=names)
+    return Search(context, select, found.cuts, found.embedded, found.partition, table, 9, timings)
+
+
+def timeless(log: Iterable[Entry]) -> list[Entry]:
+    return [replace(entry, seconds=None) for entry in log]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Search:
+    search = make_search(tmp_path_factory.mktemp("whole"), Console(quiet=True))
+    search.run()
+    return search
+
+
+def test_the_log_holds_every_evaluation(whole):
+    assert [entry.number for entry in whole.log] == list(range(1, len(whole.log) + 1))
+    assert {entry.assembly for entry in whole.log} == set(map(str, whole.judged))
+    assert len({entry.assembly for entry in whole.log}) == len(whole.log) == 3 + 9
+    rounds = {number: [e.by for e in whole.log if e.round == number] for number in range(5)}
+    pairs = {number: ["mean", "draw"] for number in (2, 3, 4)}
+    assert rounds == {0: ["donor"] * 3, 1: ["prior"] * 3} | pairs
+    for entry in whole.log:
+        assert entry.score == whole.judged[next(a for a in whole.judged if str(a) == entry.assembly)].scores.value
+        assert (entry.predicted is None) == (entry.by == "donor")
+        assert entry.seconds is not None and entry.seconds > 0
+    assert evaluations.read(evaluations.lines(whole.log)) == tuple(whole.log)
+
+
+def test_every_proposal_meets_the_budget(whole):
+    stitched = [one for assembly, one in whole.judged.items() if not assembly.intact]
+    assert all(one.predicted["latency_ms"] <= 4.25 for one in stitched)
+
+
+@pytest.mark.parametrize("after", [0, 2, 3, 5, 6, 7, 8, 11])
+def test_interrupted_at_any_evaluation_it_ends_alike(tmp_path, whole, after):
+    with pytest.raises(KeyboardInterrupt):
+        make_search(tmp_path, Stopping(after)).run()
+    again = make_search(tmp_path, Console(quiet=True))
+    again.run()
+    assert timeless(again.log) == timeless(whole.log)
+    best, expected = again.best(), whole.best()
+    assert best is not None and expected is not None and best.assembly == expected.assembly
+
+
+def test_another_seed_draws_other_networks(tmp_path, whole):
+    other = make_search(tmp_path, Console(quiet=True), seed=1)
+    other.run()
+    assert timeless(other.log) != timeless(whole.log)
+    assert [e.assembly for e in other.log[:6]] == [e.assembly for e in whole.log[:6]]
+
+
+def compiling(zoo: Path, store: Path, output: Path) -> subprocess.Popen[bytes]:
+    """A compile in a process group of its own."""
+    options = {"data": "digits", "evaluations": 8, "top": 3, "probe": 64, "profile-s": 4, "threads": 1, "macs-g": 0.01}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "derc", "compile", "--zoo", str(zoo), *flags, "-o", str(output)]
+    environment = os.environ | {"DERC_CACHE": str(store), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors.decode()
+
+
+def forget_search(root: Path) -> None:
+    """Remove everything from a store that the search has put there."""
+    for entry in Store(root).entries():
+        if entry.note.startswith(OF_THE_SEARCH):
+            shutil.rmtree(root / "entries" / entry.key[:2] / entry.key)
+
+
+def test_a_compile_that_is_killed_resumes_and_ships_the_same(tmp_path):
+    zoo = small_zoo(tmp_path, "resnet-slim", "vit-patch8", "convnext")
+    store = tmp_path / "store"
+    finish(compiling(zoo, store, tmp_path / "whole"))
+    forget_search(store)
+
+    process = compiling(zoo, store, tmp_path / "killed")
+    while process.poll() is None:
+        if sum(entry.note == "score" for entry in Store(store).entries()) >= 6:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed").exists()
+    before = {entry.key: entry for entry in Store(store).entries() if entry.note.startswith(OF_THE_SEARCH)}
+    kept = [float(Store(store).get_bytes(key) or 0) for key, e in before.items() if e.note.startswith("seconds of")]
+
+    finish(compiling(zoo, store, tmp_path / "resumed"))
+    after = {entry.key: entry for entry in Store(store).entries()}
+    assert all(after[key] == entry for key, entry in before.items())
+    logs = [evaluations.read((tmp_path / name / evaluations.FILE).read_text()) for name in ("whole", "resumed")]
+    assert timeless(logs[0]) == timeless(logs[1])
+    assert 5 <= len(kept) < len(logs[1]) and set(kept) <= {entry.seconds for entry in logs[1]}
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "resumed")]
+    for name in ("model.py", "weights.safetensors", "model.onnx", "plan.txt"):
+        assert manifests[0]["files"][name] == manifests[1]["files"][name]
