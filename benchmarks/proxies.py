@@ -7,7 +7,7 @@ folder: blocks spread evenly, stitches fitted in closed form on the probe images
 every proxy, with labels and, where it uses them, with the donors' consensus in their place. Then each is fine-tuned
 whole, with the same optimiser and images, and tested on images that no proxy, stitch or fine-tuning has seen. Printed:
 Spearman's and Kendall's rank correlation with 95% bootstrap intervals over assemblies, with accuracy after and before
-fine-tuning, and seconds per network. What needs no network stands beside them: parameters, multiply-accumulates, the
+fine-tuning, and processor seconds per network on one thread. What needs no network stands beside them: parameters, multiply-accumulates, the
 stitches' residual and the loss that selection assumes before it has seen anything.
 """
 
@@ -133,11 +133,11 @@ def consult(context: Context, *, labelled: bool) -> tuple[Data, Consensus]:
 
 
 def examine(world: World, assembly: Assembly, views: dict[bool, tuple[Data, Consensus]]) -> dict[str, Any]:
-    """One assembly: what the proxies say of it and how long each takes, and its accuracies on the test images."""
+    """One assembly: what the proxies say of it, the processor seconds of each, and its accuracies on the test images."""
     context = world.context
-    start = time.perf_counter()
+    start = time.process_time()
     stitched = FitStitches().run(context, assembly)
-    fitted = time.perf_counter() - start
+    fitted = time.process_time() - start
     network = assemble(assembly, context.lowered, stitched.states)
     labels = context.zoo[assembly.blocks[-1].donor].labels
     values, seconds = dict[str, float](), dict[str, float]()
@@ -145,9 +145,9 @@ def examine(world: World, assembly: Assembly, views: dict[bool, tuple[Data, Cons
         evidence = gather(data, labels, answers)
         for name in registry.PROXIES if labelled else ON_LABELS:
             key = name if labelled else f"{name}_unlabelled"
-            start = time.perf_counter()
+            start = time.process_time()
             values[key] = open_proxy(name).measure(Subject(network, partial(logits, network)), evidence)
-            seconds[key] = time.perf_counter() - start
+            seconds[key] = time.process_time() - start
     evidence = gather(context.data, labels, views[True][1])
     runs = [tuned(world, network, evidence, seed) for seed in range(world.tuning.runs)]
     return {
@@ -179,12 +179,12 @@ def right(network: nn.Module, split: Split, evidence: Evidence) -> float:
 
 
 def tuned(world: World, network: nn.Module, evidence: Evidence, seed: int) -> tuple[float, float]:
-    """Test accuracy after the fine-tuning, of a copy, and the seconds of training."""
+    """Test accuracy after the fine-tuning, of a copy, and the processor seconds of training."""
     student, tuning = copy.deepcopy(network), world.tuning
-    start = time.perf_counter()
+    start = time.process_time()
     with seeded(seed):
         train(student, world.train, evidence, tuning)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     return right(student, world.context.data.heldout, evidence), took
 
 

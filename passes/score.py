@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -80,7 +81,9 @@ class Score:
             return Scores(codes, evidence.labelled, right)
         proxy = scoring.open_proxy(context.objective)
         estimate = proxy.measure(subject, evidence)
-        return Scores(codes, evidence.labelled, right, context.objective, estimate, proxy.share(estimate))
+        # A network that computes no number is as good as nothing.
+        share = 0.0 if math.isnan(estimate) else proxy.share(estimate)
+        return Scores(codes, evidence.labelled, right, context.objective, estimate, share)
 
     def _deployed(self, context: Context, stitched: StitchedAssembly, split: Split) -> torch.Tensor:
         """Outputs of the engine on a split. Raises PrecisionError where they are not finite."""

@@ -20,6 +20,7 @@ GROUP = "derc.proxies"
 """The entry points by which an installed package adds proxies."""
 
 
+@cache
 def open_proxy(name: str) -> Proxy:
     """The proxy registered as `name`, with its default options; raises UsageError for an unknown name."""
     proxy: Proxy = registry.load(registry.PROXIES, name, GROUP)()
