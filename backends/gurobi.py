@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from derc.artifacts import Array
 from derc.errors import DercError, MissingDependencyError
-from derc.milp import IntegerProgram, Solution, solution
+from derc.milp import IntegerProgram, SizeLimitError, Solution, solution
 
 LICENCE_FOLDERS = (Path("/opt/gurobi"), Path("/Library/gurobi"))
 TOLERANCE = 1e-9
@@ -39,11 +40,13 @@ class Gurobi:
         """Whether the package and a licence file are there; the package's own size-limited licence does not count."""
         return _installed() and any(path.is_file() for path in _licences())
 
-    def solve(self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6) -> Solution:
-        """Minimise to the relative `gap`; `time_limit_s` is wall-clock.
+    def solve(
+        self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6, start: Array | None = None
+    ) -> Solution:
+        """Minimise to the relative `gap`; `time_limit_s` is wall-clock, `start` a point to begin from.
 
-        Raises MissingDependencyError where no licence is valid or the program exceeds the licence's size, DercError for
-        an unbounded program.
+        Raises MissingDependencyError where no licence is valid, SizeLimitError where the program exceeds the licence's
+        size, DercError for an unbounded program.
         """
         import gurobipy
 
@@ -53,6 +56,9 @@ class Gurobi:
             with gurobipy.Model(env=environment) as model:
                 _options(model, self.seed, time_limit_s, gap)
                 _fill(gurobipy, model, program)
+                if start is not None:
+                    model.update()
+                    model.setAttr("Start", model.getVars(), start.tolist())
                 model.optimize()
                 return _answer(gurobipy, model, program)
 
@@ -77,7 +83,7 @@ def _licensed(gurobipy: Any, program: IntegerProgram) -> Iterator[None]:
         yield
     except gurobipy.GurobiError as error:
         if error.errno == gurobipy.GRB.Error.SIZE_LIMIT_EXCEEDED:
-            raise MissingDependencyError(
+            raise SizeLimitError(
                 f"this program ({len(program.cost)} variables, {len(program.row_lower)} rows) is larger than Gurobi's "
                 f"size-limited licence allows: point GRB_LICENSE_FILE at a full licence, or use --solver highs"
             ) from error

@@ -28,11 +28,20 @@ class Highs:
         """Whether the package is installed."""
         return importlib.util.find_spec("highspy") is not None
 
-    def solve(self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6) -> Solution:
-        """Minimise to the relative `gap`; `time_limit_s` is wall-clock. Raises DercError for an unbounded program."""
+    def solve(
+        self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6, start: Array | None = None
+    ) -> Solution:
+        """Minimise to the relative `gap`; `time_limit_s` is wall-clock, `start` a point to begin from.
+
+        Raises DercError for an unbounded program.
+        """
         import highspy
 
         solver = _loaded(highspy, program, self._options(time_limit_s, gap))
+        if start is not None:
+            begun = highspy.HighsSolution()
+            begun.col_value = start
+            solver.setSolution(begun)
         solver.run()
         return _answer(highspy, solver, program)
 

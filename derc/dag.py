@@ -93,10 +93,6 @@ class Dag:
         """The same nodes with the marked edges alone."""
         return self.at(np.flatnonzero(edges))
 
-    def ordered(self, weights: Array) -> Dag:
-        """The same edges, those of each node by rising `weights`."""
-        return self.at(np.lexsort((weights, self.tail)))
-
     def at(self, where: Array) -> Dag:
         """The edges numbered `where`, in that order, in which their tails do not fall."""
         return Dag(

@@ -23,7 +23,7 @@ MARGIN = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Apart:
-    """Paths must share at most `most` (groups) of the members of each group; `member` is (groups, edges)."""
+    """Paths must share at most `most` (groups) of the members of each group; `member` is (groups, edges by name)."""
 
     member: Array
     most: Array
@@ -136,13 +136,13 @@ class _Search:
 
     @classmethod
     def over(cls, dag: Dag, surplus: Array, limits: Limits, room: float, apart: Apart | None) -> _Search:
-        dag, surplus, which = _pruned(dag, surplus, limits, room)
+        dag, surplus = _pruned(dag, surplus, limits, room)
         order = np.lexsort((surplus, dag.tail))
-        dag, surplus, which = dag.at(order), surplus[order], which[order]
+        dag, surplus = dag.at(order), surplus[order]
         stride = 2 * room + 1e-300
         least, most = dag.from_nodes(dag.amounts), -dag.from_nodes(-dag.amounts)
         peak = dag.from_nodes(dag.peak, np.maximum, -inf) if limits.peaked >= 0 else np.zeros(dag.nodes)
-        members = Apart(apart.member[:, which], apart.most) if apart else None
+        members = Apart(apart.member[:, dag.names].astype(np.int16), apart.most) if apart else None
         return cls(dag, surplus, dag.tail * stride + surplus, stride, room, limits, least, most, peak, members)
 
     def run(self, width: int = 0) -> Iterator[_Front]:
@@ -235,10 +235,9 @@ def _cuts(counts: Array) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(counts)], strict=True)]
 
 
-def _pruned(dag: Dag, surplus: Array, limits: Limits, room: float) -> tuple[Dag, Array, Array]:
-    """The edges that lie on a path within the room and, each limit by itself, within the limits; with their numbers."""
-    which = np.arange(len(dag.tail))
-    while len(which):
+def _pruned(dag: Dag, surplus: Array, limits: Limits, room: float) -> tuple[Dag, Array]:
+    """The edges that lie on a path within the room and, each limit by itself, within the limits; with their surplus."""
+    while len(dag.tail):
         before, after = dag.to_nodes(surplus), dag.from_nodes(surplus)
         keep = before[dag.tail] + surplus + after[dag.head] <= room
         least = dag.to_nodes(dag.amounts)[:, dag.tail] + dag.amounts + dag.from_nodes(dag.amounts)[:, dag.head]
@@ -251,8 +250,8 @@ def _pruned(dag: Dag, surplus: Array, limits: Limits, room: float) -> tuple[Dag,
         if keep.all():
             break
         where = np.flatnonzero(keep)
-        dag, surplus, which = dag.at(where), surplus[where], which[where]
-    return dag, surplus, which
+        dag, surplus = dag.at(where), surplus[where]
+    return dag, surplus
 
 
 def _size(limits: Array) -> Array:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 
-from derc import stitching
 from derc.artifacts import Array, Assembly, BlockRef, CutZoo, Partition
 from derc.engine import PRECISIONS
 from derc.errors import DercError
-from derc.ir import TensorType
+from derc.joints import Ends
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 """Of one weight where a block's are not known as a whole; the few that stay wider (biases, norms) count as others."""
@@ -25,7 +23,8 @@ class Edge:
 
     `params`, `macs`, `weights` (bytes of the parameters in their precision) and `activation` (largest value in float32,
     bytes, one image) are those of the stitch and of the target block. `stitch` is the stitch's key in a latency table,
-    None where none is needed.
+    None where none is needed. `skipped` counts the equivalence sets that the step leaves out, in parts where blocks may
+    begin anywhere.
     """
 
     source: BlockRef | None
@@ -35,28 +34,58 @@ class Edge:
     weights: int = 0
     activation: int = 0
     stitch: str | None = None
-
-    @property
-    def skipped(self) -> int:
-        """Number of equivalence sets that the step leaves out."""
-        if self.source is None or self.target is None:
-            return 0
-        return self.target.set - self.source.set - 1
+    skipped: float = 0
 
     def __str__(self) -> str:
         return f"{self.source or 'input'} > {self.target or 'output'}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layered:
-    """`blocks` in donor order, `sets` their number per donor; `edges` lead from earlier to later equivalence sets.
+    """`blocks` in donor order, `sets` their number per donor; edges lead on through the network: first those
+    from the input, then those between blocks, sorted by source, then those to the output.
 
-    A block is here once for each precision that it may have.
+    A block is here once for each precision that it may have. `tail` and `head` (edges) number the blocks, −1 is the
+    input and len(blocks) the output. `depth` (blocks) rises along every edge. `costs_of` has `params`, `macs`, `weights` and `activation` (edges); `stitch`
+    (edges) numbers `stitches`, −1: none; `skipped` is as in `Edge`. `whole` are the donors' own assemblies: the path
+    of a donor is one block where blocks of any length may be chosen.
     """
 
     blocks: tuple[BlockRef, ...]
-    edges: tuple[Edge, ...]
     sets: int
+    depth: Array
+    tail: Array
+    head: Array
+    costs_of: Mapping[str, Array]
+    stitch: Array
+    stitches: tuple[str, ...]
+    skipped: Array
+    whole: Mapping[str, tuple[BlockRef, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """All edges as objects; large graphs are better read by their columns."""
+        ends: list[BlockRef | None] = [*self.blocks, None]
+        columns = [self.costs_of[name].tolist() for name in ("params", "macs", "weights", "activation")]
+        keys = [self.stitches[number] if number >= 0 else None for number in self.stitch.tolist()]
+        steps = zip(self.tail.tolist(), self.head.tolist(), *columns, keys, self.skipped.tolist(), strict=True)
+        return tuple(Edge(ends[tail], ends[head], *rest) for tail, head, *rest in steps)
+
+    @property
+    def count(self) -> int:
+        """Number of edges."""
+        return len(self.tail)
+
+    @cached_property
+    def number(self) -> dict[BlockRef, int]:
+        """The blocks' places in `blocks`."""
+        return {block: number for number, block in enumerate(self.blocks)}
+
+    @cached_property
+    def plain(self) -> Array:
+        """For each block, the number of the first block that is the same one in whatever precision."""
+        first: dict[BlockRef, int] = {}
+        return np.array([first.setdefault(block.plain, i) for i, block in enumerate(self.blocks)], int)
 
     @cached_property
     def places(self) -> dict[tuple[BlockRef | None, BlockRef | None], int]:
@@ -65,55 +94,97 @@ class Layered:
     @cached_property
     def chains(self) -> dict[str, tuple[BlockRef, ...]]:
         """Each donor's own blocks in float32, in order."""
-        plain = [block for block in self.blocks if block.plain is block]
-        names = dict.fromkeys(block.donor for block in plain)
-        return {name: tuple(block for block in plain if block.donor == name) for name in names}
+        if self.whole:
+            return dict(self.whole)
+        chains: dict[str, list[BlockRef]] = {}
+        for block in self.blocks:
+            if block.plain is block:
+                chains.setdefault(block.donor, []).append(block)
+        return {name: tuple(chain) for name, chain in chains.items()}
 
     @cached_property
     def entering(self) -> dict[BlockRef | None, tuple[int, ...]]:
         """The edges into each block, and into the output."""
-        return self._group([edge.target for edge in self.edges])
+        return self._group(self.head)
 
     @cached_property
     def leaving(self) -> dict[BlockRef | None, tuple[int, ...]]:
         """The edges out of each block, and out of the input."""
-        return self._group([edge.source for edge in self.edges])
+        return self._group(self.tail % (len(self.blocks) + 1))
 
-    def _group(self, ends: list[BlockRef | None]) -> dict[BlockRef | None, tuple[int, ...]]:
-        grouped: dict[BlockRef | None, list[int]] = {block: [] for block in (None, *self.blocks)}
-        for place, end in enumerate(ends):
-            grouped[end].append(place)
-        return {end: tuple(places) for end, places in grouped.items()}
+    def _group(self, ends: Array) -> dict[BlockRef | None, tuple[int, ...]]:
+        order = np.argsort(ends, kind="stable")
+        bounds = np.searchsorted(ends[order], np.arange(len(self.blocks) + 2))
+        parts = [tuple(order[a:b].tolist()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return {None: parts[-1], **dict(zip(self.blocks, parts, strict=False))}
+
+    @cached_property
+    def _first(self) -> Array:
+        """Where the edges from each source to blocks begin; the input's are the first."""
+        inner = self.tail[self.head < len(self.blocks)]
+        return np.searchsorted(inner, np.arange(-1, len(self.blocks) + 1))
+
+    @cached_property
+    def _last(self) -> Array:
+        """The edge from each block to the output, −1 where there is none."""
+        places, ends = np.full(len(self.blocks), -1), np.flatnonzero(self.head == len(self.blocks))
+        places[self.tail[ends]] = ends
+        return places
 
     def path(self, assembly: Assembly) -> tuple[int, ...] | None:
         """The edges of an assembly, from input to output; None where it is not a path of this graph."""
-        stops = (None, *assembly.blocks, None)
-        steps = [self.places.get(step) for step in pairwise(stops)]
-        return None if None in steps else tuple(place for place in steps if place is not None)
+        blocks = _merged(assembly.blocks) if self.whole else assembly.blocks
+        stops = [self.number.get(block, -1) for block in blocks]
+        if not stops or -1 in stops:
+            return None
+        places, tail = list[int](), -1
+        for head in stops:
+            low, high = self._first[tail + 1], self._first[tail + 2]
+            place = int(low + np.searchsorted(self.head[low:high], head))
+            if place == high or self.head[place] != head:
+                return None
+            places.append(place)
+            tail = head
+        last = int(self._last[tail])
+        return (*places, last) if last >= 0 else None
 
     def assembly(self, chosen: Iterable[int]) -> Assembly:
         """The assembly of the path that the chosen edges form."""
-        after = {self.edges[place].source: self.edges[place].target for place in chosen}
-        blocks, stop = list[BlockRef](), after[None]
-        while stop is not None:
-            blocks.append(stop)
+        after = {int(self.tail[place]): int(self.head[place]) for place in chosen}
+        blocks, stop = list[BlockRef](), after[-1]
+        while stop != len(self.blocks):
+            blocks.append(self.blocks[stop])
             stop = after[stop]
+        if len(blocks) == 1 and blocks[0].donor in self.whole:
+            chain = self.whole[blocks[0].donor]
+            return Assembly(tuple(replace(block, precision=blocks[0].precision) for block in chain))
         return Assembly(tuple(blocks))
 
     def costs(self, path: tuple[int, ...]) -> dict[str, float]:
         """`params`, `macs` and `memory_mb` (10⁶ bytes: all weights and the largest activation) of a path."""
-        edges = [self.edges[place] for place in path]
-        params = sum(edge.params for edge in edges)
-        peak = max(edge.activation for edge in edges)
+        edges = list(path)
+        weights, peak = int(self.costs_of["weights"][edges].sum()), int(self.costs_of["activation"][edges].max())
         return {
-            "params": float(params),
-            "macs": float(sum(edge.macs for edge in edges)),
-            "memory_mb": (sum(edge.weights for edge in edges) + peak) / 1e6,
+            "params": float(self.costs_of["params"][edges].sum()),
+            "macs": float(self.costs_of["macs"][edges].sum()),
+            "memory_mb": (weights + peak) / 1e6,
         }
 
     def column(self, name: str) -> Array:
         """`params`, `macs`, `weights` or `activation` of all edges."""
-        return np.array([getattr(edge, name) for edge in self.edges], np.float64)
+        return self.costs_of[name].astype(np.float64)
+
+
+def _merged(blocks: tuple[BlockRef, ...]) -> list[BlockRef]:
+    """Consecutive blocks of one donor and precision as one block, in the first one's equivalence set."""
+    merged: list[BlockRef] = []
+    for block in blocks:
+        last = merged[-1] if merged else None
+        if last and (last.donor, last.last, last.precision) == (block.donor, block.first, block.precision):
+            merged[-1] = replace(last, last=block.last)
+        else:
+            merged.append(block)
+    return merged
 
 
 def build(
@@ -132,51 +203,74 @@ def build(
     with `one_per_set`, whose input it can make without making up places. A donor's own next block follows without one.
     Raises DercError where `timed` names no block of this partition.
     """
-    blocks = tuple(_variants(partition, timed))
+    chains = partition.blocks.values()
+    blocks = tuple(variants((block for chain in chains for block in chain), timed))
     if not blocks:
         raise DercError("the latency table has no block of this partition: profile the zoo again")
-    sets = max(len(chain) for chain in partition.blocks.values())
-    known = weights or {}
-    edges = [_edge(cuts, None, block, known) for block in blocks if block.set == 0]
-    for source in blocks:
-        edges += _onward(cuts, source, [b for b in blocks if b.set == source.set + 1 or not one_per_set], known)
-    last = [block for block in blocks if block.set == sets - 1 and (not heads or block.donor in heads)]
-    return Layered(blocks, tuple(edges) + tuple(Edge(block, None) for block in last), sets)
+    sets = max(len(chain) for chain in chains)
+    at = np.array([block.set for block in blocks])
+    ahead = at[None, :] == at[:, None] + 1 if one_per_set else at[None, :] > at[:, None]
+    ends = Ends.of(cuts, blocks)
+    tail, head = np.nonzero(ahead & (ends.joined | ends.legal))
+    last = np.array([not heads or block.donor in heads for block in blocks]) & (at == sets - 1)
+    tail, head = with_ends(tail, head, at == 0, last)
+    skipped = np.where((tail >= 0) & (head < len(blocks)), at[head % len(blocks)] - at[tail] - 1, 0)
+    return assembled(cuts, blocks, sets, at, ends, tail, head, skipped, weights or {})
 
 
-def _variants(partition: Partition, timed: Collection[str] | None) -> Iterator[BlockRef]:
-    for chain in partition.blocks.values():
-        for block in chain:
-            forms = [replace(block, precision=precision) for precision in PRECISIONS]
-            yield from [block] if timed is None else [form for form in forms if str(form) in timed]
+def with_ends(tail: Array, head: Array, first: Array, last: Array) -> tuple[Array, Array]:
+    """The edges with those from the input to the marked `first` blocks and from the `last` ones to the output."""
+    starts, stops = np.flatnonzero(first), np.flatnonzero(last)
+    tail = np.concatenate([np.full(len(starts), -1), tail, stops])
+    return tail, np.concatenate([starts, head, np.full(len(stops), len(first))])
 
 
-def _onward(cuts: CutZoo, source: BlockRef, targets: list[BlockRef], known: Mapping[str, int]) -> Iterator[Edge]:
-    for target in targets:
-        joined = target.donor == source.donor and target.first == source.last
-        if target.set > source.set and (joined or stitching.keeps_places(*_ends(cuts, source, target))):
-            yield _edge(cuts, source, target, known)
+def assembled(
+    cuts: CutZoo,
+    blocks: tuple[BlockRef, ...],
+    sets: int,
+    depth: Array,
+    ends: Ends,
+    tail: Array,
+    head: Array,
+    skipped: Array,
+    weights: Mapping[str, int],
+    whole: Mapping[str, tuple[BlockRef, ...]] | None = None,
+) -> Layered:
+    """The graph of these edges with the costs of their blocks and stitches."""
+    own = {name: np.append(column, 0)[head] for name, column in _own(cuts, blocks, weights).items()}
+    inner = (tail >= 0) & (head < len(blocks))
+    stitched = inner.copy()
+    stitched[inner] = ~ends.joined[tail[inner], head[inner]]
+    kinds, keys, costs = ends.stitches(tail[stitched], head[stitched])
+    stitch = np.full(len(tail), -1)
+    stitch[stitched] = kinds
+    added = np.zeros((3, len(tail)), np.int64)
+    added[:, stitched] = costs[kinds].T
+    columns = {
+        "params": own["params"] + added[0],
+        "macs": own["macs"] + added[1],
+        "weights": own["weights"] + BYTES["fp32"] * added[0],
+        "activation": np.maximum(own["activation"], added[2]),
+    }
+    return Layered(blocks, sets, depth, tail, head, columns, stitch, keys, skipped, whole or {})
 
 
-def _ends(cuts: CutZoo, source: BlockRef, target: BlockRef) -> tuple[TensorType, TensorType]:
-    """Types of what `source` gives and `target` takes."""
-    return cuts.donors[source.donor].cuts[source.last].type, cuts.donors[target.donor].cuts[target.first].type
+def _own(cuts: CutZoo, blocks: tuple[BlockRef, ...], weights: Mapping[str, int]) -> dict[str, Array]:
+    """Costs of the blocks alone, (blocks)."""
+    totals = {
+        name: np.cumsum([[0, 0], *((unit.params, unit.macs) for unit in donor.units)], axis=0)
+        for name, donor in cuts.donors.items()
+    }
+    spans = [totals[b.donor][b.last] - totals[b.donor][b.first] for b in blocks]
+    params, macs = np.array(spans, np.int64).T
+    known = [weights.get(str(b), BYTES[b.precision] * int(p)) for b, p in zip(blocks, params, strict=True)]
+    largest = [max(unit.bytes for unit in cuts.donors[b.donor].units[b.first : b.last]) for b in blocks]
+    return {"params": params, "macs": macs, "weights": np.array(known), "activation": np.array(largest)}
 
 
-def _edge(cuts: CutZoo, source: BlockRef | None, target: BlockRef, known: Mapping[str, int]) -> Edge:
-    units = cuts.donors[target.donor].units[target.first : target.last]
-    params, macs = sum(unit.params for unit in units), sum(unit.macs for unit in units)
-    weights, peak = known.get(str(target), BYTES[target.precision] * params), max(unit.bytes for unit in units)
-    if source is None or (source.donor == target.donor and source.last == target.first):
-        return Edge(source, target, params, macs, weights, peak)
-    ends = _ends(cuts, source, target)
-    stitch = stitching.cost(*ends)
-    return Edge(
-        source,
-        target,
-        params + stitch.params,
-        macs + stitch.macs,
-        weights + BYTES["fp32"] * stitch.params,
-        max(peak, stitch.bytes),
-        stitching.key(*ends),
-    )
+def variants(blocks: Iterable[BlockRef], timed: Collection[str] | None) -> Iterator[BlockRef]:
+    """The blocks in each precision that `timed` names, in float32 alone where it is None."""
+    for block in blocks:
+        forms = [replace(block, precision=precision) for precision in PRECISIONS]
+        yield from [block] if timed is None else [form for form in forms if str(form) in timed]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from derc.artifacts import Array
+from derc.errors import MissingDependencyError
 from derc.registry import SOLVERS, load
 
 
@@ -36,22 +38,72 @@ class IntegerProgram:
 
 @dataclass(frozen=True)
 class Solution:
-    """`status` is optimal, feasible (time limit with an incumbent), infeasible or unknown (then `x` is None)."""
+    """`status` is optimal, feasible (time limit with an incumbent), infeasible or unknown (then `x` is None).
+
+    `solver` is the name of the one that answered, where it is not the one that was asked.
+    """
 
     status: str
     x: Array | None
     objective: float
     bound: float
     gap: float
+    solver: str = ""
 
 
 class Solver(Protocol):
     """An integer programming solver."""
 
-    name: ClassVar[str]
+    @property
+    def name(self) -> str: ...
 
-    def solve(self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6) -> Solution:
-        """Minimise; deterministic for equal input."""
+    def solve(
+        self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6, start: Array | None = None
+    ) -> Solution:
+        """Minimise; deterministic for equal input. `start` (variables) is a point to begin from, feasible or not."""
+
+
+class SizeLimitError(MissingDependencyError):
+    """The program is larger than the solver's licence allows."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """derc's own search, which answers where the program is one over paths; `general` solves all other programs."""
+
+    general: Solver
+    name: ClassVar[str] = "derc"
+
+    def solve(
+        self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6, start: Array | None = None
+    ) -> Solution:
+        """Minimise with the general solver, whose name the answer bears."""
+        answer = self.general.solve(program, time_limit_s=time_limit_s, gap=gap, start=start)
+        return replace(answer, solver=answer.solver or self.general.name)
+
+
+@dataclass(frozen=True)
+class Limited:
+    """A solver whose licence may be too small for a program: `other` then solves it, and `say` is told."""
+
+    first: Solver
+    other: Solver
+    say: Callable[[str], object]
+
+    @property
+    def name(self) -> str:
+        return self.first.name
+
+    def solve(
+        self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6, start: Array | None = None
+    ) -> Solution:
+        """Minimise; an answer by the other solver bears its name."""
+        try:
+            return self.first.solve(program, time_limit_s=time_limit_s, gap=gap, start=start)
+        except SizeLimitError as error:
+            self.say(f"{error}; solved by {self.other.name} instead")
+        answer = self.other.solve(program, time_limit_s=time_limit_s, gap=gap, start=start)
+        return replace(answer, solver=self.other.name)
 
 
 @dataclass
@@ -93,6 +145,10 @@ class Builder:
         )
 
 
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
 def relative_gap(objective: float, bound: float) -> float:
     """|objective − bound| / |objective|, 0 where they agree and inf where the bound is not known."""
     if not isfinite(bound):
@@ -111,12 +167,16 @@ def solution(program: IntegerProgram, status: str, x: Array | None, bound: float
     return Solution(status, exact, objective, bound, relative_gap(objective, bound))
 
 
-def choose(name: str) -> Solver:
-    """The solver called `name`; `auto` is Gurobi where its licence is found, else HiGHS.
+def choose(name: str, say: Callable[[str], object] = _tell) -> Solver:
+    """The solver called `name`: `derc` is the search of our own, with HiGHS for what it cannot express.
 
-    Raises UsageError for an unknown name, MissingDependencyError where the solver's package is not installed.
+    `auto` is the same with Gurobi in place of HiGHS where its licence is found. Gurobi leaves programs beyond its
+    licence's size to HiGHS, and `say` is told. Raises UsageError for an unknown name, MissingDependencyError where the
+    solver's package is not installed.
     """
     if name == "auto":
-        name = "gurobi" if load(SOLVERS, "gurobi").available() else "highs"
+        return Exact(choose("gurobi" if load(SOLVERS, "gurobi").available() else "highs", say))
+    if name == "derc":
+        return Exact(choose("highs", say))
     solver: Solver = load(SOLVERS, name)()
-    return solver
+    return Limited(solver, choose("highs", say), say) if name == "gurobi" else solver

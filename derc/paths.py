@@ -6,7 +6,6 @@ that cost at most a threshold are found, so that what is chosen among them in or
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
@@ -20,8 +19,13 @@ from derc.enumeration import Apart, Found, beam, enumerate_paths
 
 BEAM = 2000
 """Paths that the beam follows, which finds the first threshold."""
-GROWTH = (1.1, 1.7)
-"""Least and largest factor by which the distance of the threshold from the bound grows."""
+NEAR = 0.7
+"""Share of the beam's best distance from the bound that the first threshold has at least."""
+GROWTH = (1.1, 1.7, 3.0)
+"""Least factor by which the threshold's distance from the bound grows, the largest, and that after a small pass."""
+SMALL = 20_000
+"""Paths begun in a small pass."""
+NOTHING = Found(np.zeros((0, 1), int), np.zeros(0), True, 0)
 
 Choose = Callable[[Found, float], int]
 """Takes the paths found, cheapest first, that cost at most the threshold; returns how many answers there are now."""
@@ -52,15 +56,13 @@ def cheapest(
 ) -> Outcome:
     """Find paths in order of cost until `choose` has `wanted` answers; it is handed a complete list each time.
 
-    `apart` is asked before each pass for what the paths must keep apart from. With the time out, `choose` gets what was
-    found, and the outcome says so.
+    The list is that of all paths where the threshold is inf. `apart` is asked before each pass for what the paths must
+    keep apart from. With the time out, `choose` gets what was found with −inf, as it does before the first pass.
     """
     dag = _within(dag, limits)
-    if not len(dag.tail):
-        return Outcome("exhausted", inf, inf)
-    relaxed = _relaxed(dag, limits)
-    dual = maximise(dag, relaxed)
-    if dual.impossible:
+    dual = maximise(dag, _relaxed(dag, limits)) if len(dag.tail) else None
+    if dual is None or dual.impossible:
+        choose(NOTHING, inf)
         return Outcome("exhausted", inf, inf)
     return _deepen(dag, limits, dual, wanted, choose, apart, deadline)
 
@@ -96,13 +98,16 @@ def _deepen(
     have = choose(some, -inf)
     ceiling = float(some.costs[min(wanted, len(some.costs)) - 1]) if have else top
     room, begun, proved = _first(dag, dual, wanted), some.begun, dual.bound
+    if len(some.costs):
+        room = max(room, NEAR * (float(some.costs[0]) - dual.bound))
     while True:
         threshold = min(dual.bound + room, top)
         if threshold > ceiling > proved:
             threshold = ceiling
         found = enumerate_paths(dag, limits, dual, threshold, apart(), deadline)
         begun += found.begun
-        have = choose(found, threshold if found.complete else -inf)
+        done = inf if threshold >= top else threshold
+        have = choose(found, done if found.complete else -inf)
         if not found.complete:
             return Outcome("time", proved, proved, begun)
         if have >= wanted:
@@ -110,12 +115,13 @@ def _deepen(
         if threshold >= top:
             return Outcome("exhausted", dual.bound, inf, begun)
         proved = threshold
-        room = max(room, threshold - dual.bound) * _growth(have, wanted)
+        room = max(room, threshold - dual.bound) * _growth(have, wanted, found.begun)
 
 
-def _growth(have: int, wanted: int) -> float:
-    """Factor for the room: the number of answers grows about as its fourth power."""
-    return float(np.clip((1.2 * wanted / have) ** 0.25, *GROWTH)) if have else GROWTH[1]
+def _growth(have: int, wanted: int, begun: int) -> float:
+    """Factor for the room: the number of answers grows about as its fourth power, and a small pass costs nothing."""
+    most = GROWTH[1] if begun > SMALL else GROWTH[2]
+    return float(np.clip((1.2 * wanted / have) ** 0.25, GROWTH[0], most)) if have else most
 
 
 def _first(dag: Dag, dual: Dual, wanted: int) -> float:

@@ -20,16 +20,24 @@ from derc.artifacts import (
 )
 from derc.errors import DercError, InfeasibleError, UsageError
 from derc.learnt import Learnt, learn
-from derc.milp import Solution, Solver
+from derc.milp import Exact, Solution, Solver, relative_gap
 from derc.pipeline import Context
 from derc.selection_program import Budget, PathProgram
+from derc.selection_search import best
 
 KINDS = {
     "latency_ms": ("--latency-ms", "ms", "fastest"),
     "params_m": ("--params-m", "M parameters", "smallest"),
     "macs_g": ("--macs-g", "G MACs", "lightest"),
     "memory_mb": ("--memory-mb", "MB", "least memory"),
+    "blocks": ("--max-blocks", "blocks", "shortest"),
 }
+LOWER = {
+    "latency_ms": ("--min-latency-ms", "ms", "slowest"),
+    "params_m": ("--min-params-m", "M parameters", "largest"),
+    "macs_g": ("--min-macs-g", "G MACs", "heaviest"),
+}
+"""Lower limits; memory has none, for a peak that is too small is nobody's trouble."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Select:
     """Finds the `top` best assemblies within all given budgets, each `diversity` blocks away from each better one.
 
     A block in another precision is the same block here: of the forms of one network only the best is proposed, for
-    they would crowd out others (k blocks in p precisions make pᵏ forms).
+    they would crowd out others (k blocks in p precisions make pᵏ forms). `min_…` are lower limits of the same amounts.
     Predicted latencies must stay below (1 − `margin`) of the budget, measured ones below the budget. `heads` are the
     donors that may provide the last block (none named: all). `one_per_set` forbids leaving out an equivalence set,
     `fresh` proposing what is known already, in other precisions too if it fits (then there may be no candidate).
@@ -48,6 +56,10 @@ class Select:
     params_m: float | None = None
     macs_g: float | None = None
     memory_mb: float | None = None
+    min_latency_ms: float | None = None
+    min_params_m: float | None = None
+    min_macs_g: float | None = None
+    max_blocks: int | None = None
     top: int = 8
     diversity: int = 1
     margin: float = 0.0
@@ -100,12 +112,30 @@ class Select:
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """The given budgets. Raises UsageError for one that is not a positive number."""
-        given = {resource: getattr(self, resource) for resource in KINDS}
-        for resource, limit in given.items():
-            if limit is not None and not (isfinite(limit) and limit > 0):
-                raise UsageError(f"{KINDS[resource][0]} must be a positive number, not {limit}")
-        return tuple(Budget(r, KINDS[r][0], limit, *KINDS[r][1:]) for r, limit in given.items() if limit is not None)
+        """The given budgets. Raises UsageError for one that is not a positive number, or a lower one above its upper."""
+        upper = [
+            Budget(name, *_checked(KINDS[name], limit))
+            for name in KINDS
+            if (limit := self.max_blocks if name == "blocks" else getattr(self, name)) is not None
+        ]
+        lower = [
+            Budget(name, *_checked(LOWER[name], limit), -1)
+            for name in LOWER
+            if (limit := getattr(self, f"min_{name}")) is not None
+        ]
+        most = {budget.resource: budget for budget in upper}
+        for budget in lower:
+            if budget.resource in most and budget.limit > most[budget.resource].limit:
+                other = most[budget.resource]
+                raise UsageError(f"{budget.option} {budget.limit:g} is above {other.option} {other.limit:g}")
+        return (*upper, *lower)
+
+
+def _checked(kind: tuple[str, str, str], limit: float) -> tuple[str, float, str, str]:
+    """What a budget says of itself."""
+    if not (isfinite(limit) and limit > 0):
+        raise UsageError(f"{kind[0]} must be a positive number, not {limit}")
+    return kind[0], limit, kind[1], kind[2]
 
 
 def select(learnt: Learnt, options: Select, solver: Solver) -> Selection:
@@ -115,24 +145,69 @@ def select(learnt: Learnt, options: Select, solver: Solver) -> Selection:
     for a latency budget without a latency table, DercError where time ran out before any assembly was found.
     """
     program, budgets = _program(learnt, options), options.budgets
+    old, barred = _known(program, budgets) if options.fresh else ((), ())
+    solve = _by_search if isinstance(solver, Exact) else _by_programs
+    found = solve(program, budgets, options, solver, old, barred)
+    if not found.assemblies and (old or barred) and found.status == "infeasible":
+        return Selection((), found.solver, found.status, inf, inf, inf)
+    if not found.assemblies:
+        raise _failure(found.status, program, budgets, solver, options)
+    candidates = tuple(Candidate(a, learnt.expected_loss(a), learnt.predict(a)) for a in found.assemblies)
+    objective = candidates[0].objective
+    bound = min(found.bound, objective)
+    return Selection(candidates, found.solver, found.status, objective, bound, relative_gap(objective, bound))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Assemblies, best first, with status and bound of the first one, and who found them."""
+
+    assemblies: tuple[Assembly, ...]
+    status: str
+    bound: float
+    solver: str
+
+
+def _by_search(
+    program: PathProgram,
+    budgets: tuple[Budget, ...],
+    options: Select,
+    solver: Solver,
+    old: tuple[Assembly, ...],
+    barred: tuple[Assembly, ...],
+) -> _Found:
+    """All at once, by derc's own search."""
     deadline = time.monotonic() + options.time_limit_s
+    limits = {"diversity": options.diversity, "earlier": old, "barred": barred}
+    answer = best(program, budgets, options.top, deadline=deadline, **limits)
+    return _Found(answer.assemblies, answer.status, answer.bound, solver.name)
+
+
+def _by_programs(
+    program: PathProgram,
+    budgets: tuple[Budget, ...],
+    options: Select,
+    solver: Solver,
+    old: tuple[Assembly, ...],
+    barred: tuple[Assembly, ...],
+) -> _Found:
+    """One integer program after the other, each begun from the best known assembly that it allows."""
+    deadline = time.monotonic() + options.time_limit_s
+    ready = program.ready(budgets, barred)
     found: list[Assembly] = []
     proof: Solution | None = None
-    old, barred = _known(program, budgets) if options.fresh else ((), ())
     while len(found) < options.top and not (found and time.monotonic() >= deadline):
         integer = program.build("loss", budgets, (*old, *found), options.diversity, barred)
-        answer = solver.solve(integer, time_limit_s=max(deadline - time.monotonic(), 0.0))
+        allowed = (a for a in ready if program.apart(a, (*old, *found), options.diversity))
+        begun = next(allowed, None)
+        start = None if begun is None else program.start(begun, integer)
+        answer = solver.solve(integer, time_limit_s=max(deadline - time.monotonic(), 0.0), start=start)
+        proof = proof or answer
         if answer.x is None:
             break
-        proof = proof or answer
         found.append(program.read(answer.x))
-    if proof is None and (old or barred):
-        return Selection((), solver.name, answer.status, inf, inf, inf)
-    if proof is None:
-        raise _failure(answer, program, budgets, solver, options)
-    candidates = tuple(Candidate(a, learnt.expected_loss(a), learnt.predict(a)) for a in found)
-    best = candidates[0].objective
-    return Selection(candidates, solver.name, proof.status, best, min(proof.bound, best), proof.gap)
+    told = proof or answer
+    return _Found(tuple(found), told.status, told.bound, told.solver or solver.name)
 
 
 def _known(program: PathProgram, budgets: tuple[Budget, ...]) -> tuple[tuple[Assembly, ...], tuple[Assembly, ...]]:
@@ -142,7 +217,8 @@ def _known(program: PathProgram, budgets: tuple[Budget, ...]) -> tuple[tuple[Ass
     one fits, it was the best of its forms.
     """
     evaluated = program.learnt.losses
-    useful = {a: program.fits(a, budgets) and loss < 1 for a, loss in evaluated.items()}
+    fitting = set(program.ready(budgets))
+    useful = {a: a in fitting and loss < 1 for a, loss in evaluated.items()}
     return tuple(a for a in useful if useful[a]), tuple(a for a in useful if not useful[a])
 
 
@@ -159,15 +235,15 @@ def _program(learnt: Learnt, options: Select) -> PathProgram:
 
 
 def _failure(
-    answer: Solution, program: PathProgram, budgets: tuple[Budget, ...], solver: Solver, options: Select
+    status: str, program: PathProgram, budgets: tuple[Budget, ...], solver: Solver, options: Select
 ) -> DercError:
-    if answer.status != "infeasible":
+    if status != "infeasible":
         limit = f"{options.time_limit_s:g} s"
         return DercError(f"{solver.name} found no assembly within {limit}: allow more time, or a larger budget")
     if not budgets:
         return InfeasibleError("no network can be put together from the blocks that could be built for the target")
     least = {budget: _least(program, budget, solver, options.time_limit_s) for budget in budgets}
-    missed = {budget: reached for budget, reached in least.items() if reached[0] > budget.limit}
+    missed = {budget: reached for budget, reached in least.items() if not budget.met(reached[0])}
     together = " together" if not missed and len(budgets) > 1 else ""
     named = missed or least
     asked = " and ".join(f"{budget.option} {budget.limit:g}" for budget in named)
@@ -179,13 +255,23 @@ def _failure(
 
 
 def _least(program: PathProgram, budget: Budget, solver: Solver, time_limit_s: float) -> tuple[float, str]:
-    """The smallest achievable amount of one resource, without any budget, and the assembly that has it."""
-    answer = solver.solve(program.build(budget.resource), time_limit_s=time_limit_s)
-    if answer.x is None:
-        return inf, "none found in time"
-    assembly = program.read(answer.x)
+    """The achievable amount of one resource nearest to its budget, without any budget, and the assembly that has it."""
+    assembly, amount = _nearest(program, budget, solver, time_limit_s)
+    if assembly is None:
+        return budget.sign * inf, "none found in time"
     untried = budget.resource == "latency_ms" and assembly not in program.learnt.measured
-    return answer.objective, spans(assembly) + (", predicted" if untried else "")
+    return amount, spans(assembly) + (", predicted" if untried else "")
+
+
+def _nearest(
+    program: PathProgram, budget: Budget, solver: Solver, time_limit_s: float
+) -> tuple[Assembly | None, float]:
+    if isinstance(solver, Exact):
+        deadline = time.monotonic() + time_limit_s
+        found = best(program, (), 1, resource=budget.resource, sign=budget.sign, deadline=deadline)
+        return (found.assemblies[0], budget.sign * found.bound) if found.assemblies else (None, inf)
+    answer = solver.solve(program.build(budget.resource, sign=budget.sign), time_limit_s=time_limit_s)
+    return (None, inf) if answer.x is None else (program.read(answer.x), budget.sign * answer.objective)
 
 
 def spans(assembly: Assembly) -> str:

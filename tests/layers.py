@@ -151,13 +151,17 @@ def amounts(learnt: Learnt, options: Select, assembly: Assembly) -> dict[str, fl
         "params_m": (predicted["params"] or 0) / 1e6,
         "macs_g": (predicted["macs"] or 0) / 1e9,
         "memory_mb": predicted["memory_mb"] or 0,
+        "blocks": len(assembly.blocks),
     }
 
 
 def fits(learnt: Learnt, options: Select, assembly: Assembly) -> bool:
     limits = {name: getattr(options, name) for name in ("latency_ms", "params_m", "macs_g", "memory_mb")}
+    limits["blocks"] = options.max_blocks
+    lower = {name: getattr(options, f"min_{name}") for name in ("latency_ms", "params_m", "macs_g")}
     amount = amounts(learnt, options, assembly)
-    return all(limit is None or amount[name] <= limit * (1 + 1e-9) for name, limit in limits.items())
+    small = all(limit is None or amount[name] <= limit * (1 + 1e-9) for name, limit in limits.items())
+    return small and all(limit is None or amount[name] >= limit * (1 - 1e-9) for name, limit in lower.items())
 
 
 def without_accuracy(problem: Problem) -> Problem:

@@ -45,8 +45,8 @@ def test_the_cheapest_are_those_of_enumeration(seed, layers, width, resources, t
     limits = random_limits(dag, seed, two_sided=two_sided, peaked=peaked)
     truth, taking = brute_force(dag, limits), Taking()
     outcome = cheapest(dag, limits, wanted, taking)
-    found = taking.found.costs if taking.found is not None and outcome.threshold > -np.inf and truth else np.zeros(0)
-    assert outcome.status == ("certified" if len(truth) >= wanted else "exhausted") or len(found) == len(truth)
+    found = taking.found.costs
+    assert outcome.status == ("certified" if len(truth) >= wanted else "exhausted")
     assert found[:wanted] == pytest.approx(truth[:wanted], abs=1e-12)
     if truth:
         assert outcome.bound <= truth[0] + 1e-12
@@ -100,7 +100,7 @@ def test_what_must_keep_apart_does(seed, most):
     group = np.zeros((1, len(dag.tail)), np.int16)
     group[0, paths[seed % len(paths)]] = 1
     dag_on = dag.kept(dag.connected)
-    found = enumerate_paths(dag_on, limits, maximise(dag_on, limits), 100.0, Apart(group[:, dag_on.names], np.array([most])))
+    found = enumerate_paths(dag_on, limits, maximise(dag_on, limits), 100.0, Apart(group, np.array([most])))
     truth = [p for p in paths if within(dag, limits, p) and group[0, p].sum() <= most]
     assert found.complete
     assert found.costs == pytest.approx(sorted(dag.cost[p].sum() for p in truth), abs=1e-12)
@@ -108,9 +108,10 @@ def test_what_must_keep_apart_does(seed, most):
 
 def test_dominance_would_miss_what_a_lower_limit_asks_for():
     level = np.array([0, 1, 2, 3])
-    tail, head = np.array([0, 0, 1, 1, 2, 2]), np.array([1, 2, 2, 3, 3, 3])
     tail, head = np.array([0, 0, 1, 2]), np.array([1, 1, 2, 3])
-    dag = Dag(level, tail, head, np.array([0.0, 1.0, 0.0, 0.0]), np.array([[0.0, 5.0, 1.0, 1.0]]), np.zeros(4), np.arange(4))
+    dag = Dag(
+        level, tail, head, np.array([0.0, 1.0, 0.0, 0.0]), np.array([[0.0, 5.0, 1.0, 1.0]]), np.zeros(4), np.arange(4)
+    )
     taking = Taking()
     cheapest(dag, Limits(np.array([6.0]), np.array([8.0])), 1, taking)
     assert taking.found.costs.tolist() == [1.0]
@@ -120,7 +121,7 @@ def test_limits_that_no_path_meets_are_said_to_be_without_enumeration():
     dag = random_dag(0, 6, 40, 2, 0.0)
     taking = Taking()
     outcome = cheapest(dag, Limits(np.full(2, -np.inf), np.array([0.01, 5.0])), 1, taking)
-    assert (outcome.status, outcome.begun, taking.found) == ("exhausted", 0, None)
+    assert (outcome.status, outcome.begun, len(taking.found.costs)) == ("exhausted", 0, 0)
 
 
 def test_no_path_at_all():

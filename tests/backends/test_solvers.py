@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from scipy.sparse import csr_matrix
 from derc.backends.gurobi import Gurobi
 from derc.backends.highs import Highs
 from derc.errors import DercError, MissingDependencyError
-from derc.milp import Builder, IntegerProgram, Solver, choose
+from derc.milp import Builder, Exact, IntegerProgram, SizeLimitError, Solver, choose
 
 SOLVERS: list[Solver] = [Highs(), Gurobi()]
 both = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
@@ -129,8 +130,78 @@ def test_prints_nothing_in_a_process_of_its_own(solver: Solver) -> None:
 def test_the_size_limited_licence_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("GRB_LICENSE_FILE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(MissingDependencyError, match=r"3000 variables.*--solver highs"):
+    with pytest.raises(SizeLimitError, match=r"3000 variables.*--solver highs"):
         Gurobi().solve(knapsack(3000))
+
+
+def test_what_is_too_large_for_gurobis_licence_is_solved_by_highs_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GRB_LICENSE_FILE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    said: list[str] = []
+    solver = choose("gurobi", said.append)
+    answer = solver.solve(easy(3000))
+    assert (answer.status, answer.solver, answer.objective) == ("optimal", "highs", -1.0)
+    assert len(said) == 1 and "larger than Gurobi's size-limited licence" in said[0] and "by highs instead" in said[0]
+    assert solver.solve(easy(30)).solver == "" and solver.name == "gurobi"
+
+
+def test_without_a_licence_gurobi_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a process of its own, for Gurobi reads its licence once."""
+    (tmp_path / "gurobi.lic").write_text("TOKENSERVER=nowhere.invalid\n")
+    program = (
+        "from derc.backends.gurobi import Gurobi; from derc.milp import Builder\n"
+        "b = Builder(); b.variable('x', -1.0); Gurobi().solve(b.build())"
+    )
+    environment = {**os.environ, "GRB_LICENSE_FILE": str(tmp_path / "gurobi.lic"), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "MissingDependencyError: Gurobi has no valid licence" in done.stderr
+
+
+def easy(columns: int) -> IntegerProgram:
+    """At most one of many."""
+    builder = Builder()
+    for i in range(columns):
+        builder.variable(f"x{i}", -1.0)
+    builder.row("one", dict.fromkeys(range(columns), 1.0), upper=1)
+    return builder.build()
+
+
+@both
+def test_a_start_is_taken_and_changes_no_answer(solver: Solver) -> None:
+    program = knapsack(15)
+    plain = solver.solve(program)
+    assert plain.x is not None
+    assert solver.solve(program, start=plain.x).objective == pytest.approx(plain.objective, abs=1e-6)
+    assert solver.solve(program, start=np.ones(15)).objective == pytest.approx(plain.objective, abs=1e-6)
+
+
+@both
+def test_without_time_a_feasible_start_is_the_incumbent(solver: Solver) -> None:
+    program = knapsack(200)
+    start = np.zeros(200)
+    start[:3] = 1
+    answer = solver.solve(program, start=start, time_limit_s=0.02, gap=0.0)
+    assert answer.status == "feasible"
+    assert answer.objective <= float(program.cost @ start)
+
+
+@both
+def test_what_no_point_satisfies_is_infeasible(solver: Solver) -> None:
+    builder = Builder()
+    x, y = builder.variable("x"), builder.variable("y")
+    builder.row("both", {x: 1.0, y: 1.0}, lower=3)
+    answer = solver.solve(builder.build())
+    assert (answer.status, answer.x) == ("infeasible", None)
+
+
+def general(name: str) -> str:
+    """Who solves what derc's own search cannot."""
+    solver = choose(name)
+    assert isinstance(solver, Exact) and solver.name == "derc"
+    return solver.general.name
 
 
 def test_a_licence_counts_only_where_a_file_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -138,12 +209,13 @@ def test_a_licence_counts_only_where_a_file_is_found(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("derc.backends.gurobi.LICENCE_FOLDERS", (tmp_path / "gurobi",))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert not Gurobi.available()
-    assert choose("auto").name == "highs"
+    assert general("auto") == "highs"
     licence = tmp_path / "elsewhere.lic"
     licence.write_text("TYPE=FULL\n")
     monkeypatch.setenv("GRB_LICENSE_FILE", str(licence))
     assert Gurobi.available()
-    assert choose("auto").name == "gurobi"
+    assert general("auto") == "gurobi"
+    assert general("derc") == "highs"
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,24 +10,29 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from derc.artifacts import Assembly, Evaluated, Knowledge
+from derc.artifacts import Array, Assembly, Evaluated, Knowledge
 from derc.backends.gurobi import Gurobi
 from derc.backends.highs import Highs
 from derc.errors import DercError, InfeasibleError, UsageError
 from derc.learnt import Learnt
-from derc.milp import IntegerProgram, Solution, Solver
-from derc.passes.select import Select, select, spans
+from derc.milp import Exact, IntegerProgram, Solution, Solver
+from derc.passes.select import LOWER, Select, select, spans
 from tests.layers import Problem, amounts, fits, paths, random_knowledge, random_problem
 from tests.zoos import latency
 
 RESOURCES = ("latency_ms", "params_m", "macs_g", "memory_mb")
-both = pytest.mark.parametrize("solver", [Highs(), Gurobi()], ids=lambda solver: solver.name)
+EXACT = Exact(Highs())
+both = pytest.mark.parametrize("solver", [Highs(), Gurobi(), EXACT], ids=lambda solver: solver.name)
 
 
-def budgeted(problem: Problem, learnt: Learnt, options: Select, names: tuple[str, ...], share: float) -> Select:
-    """`options` with budgets at the quantile `share` of what the assemblies take."""
+def budgeted(
+    problem: Problem, learnt: Learnt, options: Select, names: tuple[str, ...], share: float, lower: float = 0.0
+) -> Select:
+    """`options` with budgets at the quantile `share` of what the assemblies take, and at `lower` times that."""
     taken = [amounts(learnt, options, assembly) for assembly in paths(learnt)]
-    return replace(options, **{n: float(np.quantile([t[n] for t in taken], share)) for n in names})
+    upper = {n: float(np.quantile([t[n] for t in taken], share)) for n in names}
+    least = {n: float(np.quantile([t[n] for t in taken], share * lower)) for n in names if lower and n in LOWER}
+    return replace(options, **upper, **{f"min_{n}": limit for n, limit in least.items()})
 
 
 def spans_of(assembly: Assembly) -> set[tuple[str, int, int]]:
@@ -72,6 +77,8 @@ def enumerate_top(learnt: Learnt, options: Select) -> list[float]:
     ),
     evaluated=st.integers(0, 6),
     lower=st.sampled_from([(), ("int8",), ("fp16", "int8")]),
+    least=st.sampled_from([0.0, 0.5, 0.9]),
+    longest=st.sampled_from([None, 1, 2]),
 )
 def test_against_enumeration(
     solver: Solver,
@@ -82,11 +89,14 @@ def test_against_enumeration(
     options: Select,
     evaluated: int,
     lower: tuple[str, ...],
+    least: float,
+    longest: int | None,
 ) -> None:
     problem = random_problem(seed, tuple(sizes), lower=lower)
+    options = replace(options, max_blocks=longest)
     learnt = problem.learn(options, random_knowledge(seed, problem.learn(options), evaluated))
     assume(any(True for _ in paths(learnt)))
-    options = budgeted(problem, learnt, options, tuple(sorted(names)), share)
+    options = budgeted(problem, learnt, options, tuple(sorted(names)), share, least)
     truth = enumerate_top(learnt, options)
     if not truth and options.fresh and learnt.losses:
         assert not select(learnt, options, solver).candidates
@@ -226,7 +236,9 @@ class Slow:
 
     name = "slow"
 
-    def solve(self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6) -> Solution:
+    def solve(
+        self, program: IntegerProgram, *, time_limit_s: float = 60.0, gap: float = 1e-6, start: Array | None = None
+    ) -> Solution:
         return Solution("unknown", None, np.inf, -np.inf, np.inf)
 
 

@@ -1,0 +1,70 @@
+"""Which blocks may follow which, and the stitches between them, for all pairs of many blocks at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from derc import stitching
+from derc.artifacts import Array, BlockRef, CutZoo
+from derc.ir import TensorType
+
+
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """Where blocks end and begin: `donor`, `first`, `last` (blocks), and what they take and give as numbers of `types`."""
+
+    donor: Array
+    first: Array
+    last: Array
+    takes: Array
+    gives: Array
+    types: tuple[TensorType, ...]
+
+    @classmethod
+    def of(cls, cuts: CutZoo, blocks: Sequence[BlockRef]) -> Ends:
+        donors = {name: number for number, name in enumerate(cuts.donors)}
+        types: dict[TensorType, int] = {}
+        kinds = {
+            name: [types.setdefault(cut.type, len(types)) for cut in donor.cuts] for name, donor in cuts.donors.items()
+        }
+        rows = [(donors[b.donor], b.first, b.last, kinds[b.donor][b.first], kinds[b.donor][b.last]) for b in blocks]
+        return cls(*np.array(rows, int).reshape(len(rows), 5).T, tuple(types))
+
+    @cached_property
+    def joined(self) -> Array:
+        """Whether the column's block is what its donor goes on with after the row's, (blocks, blocks)."""
+        same: Array = self.donor[:, None] == self.donor[None, :]
+        return same & (self.last[:, None] == self.first[None, :])
+
+    @cached_property
+    def legal(self) -> Array:
+        """Whether a stitch leads from the row's block to the column's without making up places, (blocks, blocks)."""
+        given, taken = np.unique(self.gives), np.unique(self.takes)
+        table = np.zeros((len(self.types), len(self.types)), bool)
+        for one in given:
+            for other in taken:
+                table[one, other] = stitching.keeps_places(self.types[one], self.types[other])
+        return table[self.gives[:, None], self.takes[None, :]]
+
+    def stitches(self, tail: Array, head: Array) -> tuple[Array, tuple[str, ...], Array]:
+        """For stitched edges between blocks: numbers of their shapes, the shapes' keys, and params, macs and bytes.
+
+        Numbers are (edges), costs (shapes, 3).
+        """
+        pair = self.gives[tail] * len(self.types) + self.takes[head]
+        shapes, inverse = np.unique(pair, return_inverse=True)
+        keys, numbers, costs = dict[str, int](), list[int](), list[tuple[int, int, int]]()
+        for shape in shapes.tolist():
+            ends = self.types[shape // len(self.types)], self.types[shape % len(self.types)]
+            key = stitching.key(*ends)
+            if key not in keys:
+                keys[key] = len(keys)
+                cost = stitching.cost(*ends)
+                costs.append((cost.params, cost.macs, cost.bytes))
+            numbers.append(keys[key])
+        table = np.array(costs, np.int64).reshape(len(costs), 3)
+        return np.array(numbers, int)[inverse.reshape(-1)], tuple(keys), table
