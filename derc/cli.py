@@ -35,8 +35,12 @@ SOURCES: tuple[Function, ...] = (
     click.option("--seed", type=int, help="Seed of every random choice."),
 )
 PARTITION: tuple[Function, ...] = (
-    click.option("--blocks", type=int, help="Blocks per donor, K.  [default: 4]"),
+    click.option("--blocks", help="Blocks per donor, K, or auto.  [default: 4]"),
     click.option("--epsilon", type=float, help="Slack of a block's size over 1/K.  [default: 0.2]"),
+    click.option("--similarity", help="How alike two values are: cka, cka-debiased, rbf or r2.  [default: cka]"),
+    click.option("--pool", is_flag=True, default=None, help="Take means over all positions before that."),
+    click.option("--sets", help="Sum the likeness of all pairs of a set's blocks, or to centres.  [default: pairs]"),
+    click.option("--exact", is_flag=True, default=None, help="Prove how good the partition is; for small zoos."),
 )
 DEVICE: tuple[Function, ...] = (
     click.option("--target", help="Device to compile for.  [default: cpu]"),

@@ -43,10 +43,10 @@ def analyse(context: Context, settings: CompileSettings, timings: Timings) -> An
     """lower, cut, embed, partition."""
     lowered = execute(Lower(), context, timings=timings)
     cuts = execute(CutDonors(), context, lowered, timings=timings)
-    embedded = execute(Embed(), context, cuts, timings=timings)
-    partition = execute(
-        PartitionZoo(blocks=settings.blocks, epsilon=settings.epsilon), context, cuts, embedded, timings=timings
-    )
+    embed = Embed(similarity=settings.similarity, pool=settings.pool)
+    embedded = execute(embed, context, cuts, timings=timings)
+    step = PartitionZoo(blocks=settings.blocks, epsilon=settings.epsilon, exact=settings.exact, objective=settings.sets)
+    partition = execute(step, context, cuts, embedded, timings=timings)
     return Analysis(lowered, cuts, embedded, partition)
 
 

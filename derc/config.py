@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -38,8 +38,12 @@ class CompileSettings(BaseModel):
     macs_g: float | None = None
     memory_mb: float | None = None
     output: Path = Path("out/derc")
-    blocks: int = Field(4, ge=1)
+    blocks: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
     epsilon: float = Field(0.2, ge=0, allow_inf_nan=False)
+    similarity: Literal["cka", "cka-debiased", "rbf", "r2"] = "cka"
+    pool: bool = False
+    sets: Literal["pairs", "centres"] = "pairs"
+    exact: bool = False
     solver: Literal["highs", "gurobi", "auto"] = "auto"
     probe: int = Field(512, ge=8)
     top: int = Field(8, ge=1)
@@ -257,9 +261,16 @@ TEMPLATE = """\
 
 # Where the result goes.
 # output = "out/derc"
-# Blocks per donor, and by which share a block may be larger than an equal part.
+# Blocks per donor (or "auto": as many as have distinct sets), and by which share one may be larger than an equal part.
 # blocks = 4
 # epsilon = 0.2
+# How alike two values are: cka, cka-debiased, rbf or r2; pool takes means over all positions first.
+# similarity = "cka"
+# pool = false
+# What is summed over an equivalence set: the likeness of all pairs, or of each block to the central one ("centres").
+# sets = "pairs"
+# Whether to prove how good the partition is; for small zoos.
+# exact = false
 # highs, gurobi, or auto: gurobi where a licence is found.
 # solver = "auto"
 # Images that show what a network's values mean.

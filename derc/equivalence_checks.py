@@ -85,14 +85,17 @@ def _worth(zoo: Zoo, cuts: Array) -> Array:
 
 
 def distinctness(zoo: Zoo, cuts: Array) -> float:
-    """The smallest share, over the equivalence sets, of blocks that are more like their own set than any other.
+    """The smallest share, over the equivalence sets, of blocks that are where they belong, in [0, 1].
 
-    A block's likeness to a set is its summed S with the other donors' blocks there. In [0, 1]; a measure after the
-    prediction strength of clusters (Tibshirani and Walther 2005).
+    A block's likeness to a set is its summed S with the other donors' blocks there. It belongs where it is if it could
+    change places with none of its donor's other blocks so that their likeness, summed, would rise. (Early values are
+    more like everything than late ones, so that merely asking for each block's most like set would favour the first.)
+    The share is a measure of a clustering's validity after the prediction strength of Tibshirani and Walther (2005).
     """
     ends = np.array([len(menu.width) - 1 for menu in zoo.menus])
     rows = zoo.starts[:, None] + np.column_stack([np.zeros_like(ends), cuts, ends])
     totals = zoo.totals(rows)
-    like = totals[:-1, :, :-1] + totals[1:, :, 1:]
-    right = [(like[k, :, k] >= like[:, :, k].max(axis=0) - 1e-9).mean() for k in range(zoo.blocks)]
-    return float(min(right))
+    like = (totals[:-1, :, :-1] + totals[1:, :, 1:]).transpose(1, 0, 2)
+    own = np.diagonal(like, axis1=1, axis2=2)
+    stays = own[:, :, None] + own[:, None, :] >= like + like.transpose(0, 2, 1) - 1e-9
+    return float(stays.all(axis=2).mean(axis=0).min())

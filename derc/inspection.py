@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from derc.artifacts import Latency, LatencyTable, digest, encode
+from derc.artifacts import Latency, LatencyTable, Partition, digest, encode
 from derc.config import CompileSettings
 from derc.console import Console
 from derc.donor import Donor
@@ -126,12 +126,31 @@ def show_partition(settings: CompileSettings, console: Console) -> Shown:
 
     context = open_context(settings, console)
     found = analyse(context, settings, Timings()).partition
-    sets = range(len(next(iter(found.blocks.values()))))
-    lines = [f"summed similarity {found.objective:.4f}"]
-    for number in sets:
-        lines.append(f"equivalence set {number}: " + "  ".join(str(blocks[number]) for blocks in found.blocks.values()))
     blocks = {name: [asdict(b) for b in donor] for name, donor in found.blocks.items()}
-    return {"objective": found.objective, "epsilon": found.epsilon, "blocks": blocks}, "\n".join(lines)
+    names = ("objective", "bound", "gap", "epsilon", "centres", "moved", "distinct")
+    shown = {name: getattr(found, name) for name in names}
+    ties = [asdict(tie) for tie in found.near_ties]
+    return {**shown, "near_ties": ties, "blocks": blocks}, "\n".join(_partition_lines(found))
+
+
+def _partition_lines(found: Partition) -> list[str]:
+    """The objective with what is known of its bound, the sets, and how sure the cuts are."""
+    proof = "" if found.gap is None else f", at most {found.bound:.4f} (gap {found.gap:.2%})"
+    lines = [f"summed similarity {found.objective:.4f}{proof}"]
+    if found.distinct:
+        shares = ", ".join(f"{blocks}: {share:.0%}" for blocks, share in found.distinct.items())
+        lines.append(f"blocks that belong in their set, in the worst set, by number of blocks: {shares}")
+    for number in range(len(next(iter(found.blocks.values())))):
+        centre = f" (centre {found.centres[number]})" if found.centres else ""
+        members = "  ".join(str(blocks[number]) for blocks in found.blocks.values())
+        lines.append(f"equivalence set {number}{centre}: {members}")
+    if found.moved is not None:
+        lines.append(f"{found.moved:.0%} of the cuts lie elsewhere by one half of the probe images alone")
+    lines += [
+        f"near-tie: {tie.donor} could end set {tie.set} at cut {tie.other} in place of {tie.cut} (loses {tie.loss:.5%})"
+        for tie in found.near_ties
+    ]
+    return lines
 
 
 def show_profile(settings: CompileSettings, console: Console, output: Path | None) -> Shown:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from derc import bundle, stitching
-from derc.artifacts import Latency, LatencyTable, Shipped
+from derc.artifacts import Latency, LatencyTable, Partition, Shipped
 from derc.engine import parse
 from derc.ir import Op, TensorType
 from derc.outcome import Outcome, accuracies, plan_graph
@@ -47,6 +47,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "candidates": [_candidate(one, outcome) for one in outcome.search.judged.values()],
         "failed": {str(assembly): why for assembly, why in outcome.search.failed.items()},
         "partition": _partition(outcome),
+        "equivalence": _equivalence(outcome.search.partition),
         "similarity": _similarity(outcome),
         "parity": asdict(outcome.shipped.parity),
         "placement": outcome.shipped.placement,
@@ -205,6 +206,16 @@ def _partition(outcome: Outcome) -> dict[str, Any]:
             for b in blocks
         ]
         for name, blocks in outcome.search.partition.blocks.items()
+    }
+
+
+def _equivalence(partition: Partition) -> dict[str, Any]:
+    """What is known of the partition as a whole: its objective, how far from the best, how sure its cuts are."""
+    names = ("objective", "bound", "gap", "moved", "distinct")
+    return {
+        **{name: getattr(partition, name) for name in names},
+        "centres": list(partition.centres),
+        "near_ties": [asdict(tie) for tie in partition.near_ties],
     }
 
 

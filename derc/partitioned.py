@@ -45,7 +45,7 @@ class Partition:
     `bound` is what no partition exceeds, where the exact program was solved. `centres` are the donors of the sets'
     central blocks, where likeness to these is what is summed. `moved` is the share of interior cuts that lie elsewhere
     by one half of the probe set alone; `near_ties` are those of them that might as well. `distinct` is, for each number
-    of blocks that was tried, the smallest share over the sets of blocks that are more like their own set than another.
+    of blocks that was tried, the smallest share over the sets of blocks that would not rather be in another one.
     """
 
     blocks: dict[str, tuple[BlockRef, ...]]

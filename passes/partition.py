@@ -27,7 +27,7 @@ OBJECTIVES = ("pairs", "centres")
 MOST_BLOCKS = 8
 """The most blocks that `auto` tries."""
 DISTINCT = 0.8
-"""The least share of blocks in every set that must be most like their own set."""
+"""The least share of blocks in every set that must belong there."""
 MOST_VARIABLES = 400_000
 HALF_STARTS = 8
 
@@ -36,10 +36,10 @@ HALF_STARTS = 8
 class PartitionZoo:
     """Cuts every donor into `blocks` blocks of at most (1 + `epsilon`) times the fair share of its MACs.
 
-    `auto` takes the largest number of blocks, up to 8, whose sets are distinct: in each, at least 80% of the blocks are
-    more like their own set than any other, by the whole probe set and by either half. `objective` sums the similarity
-    of all `pairs` of a set's blocks, or of each with the set's central block (`centres`). `starts` is the number of
-    starting points of the search. `exact` solves the integer program too, for the bound.
+    `auto` takes the largest number of blocks, up to 8, whose sets are distinct: in each, at least 80% of the blocks
+    would not be more alike in another's place, by the whole probe set and by either half. `objective` sums the
+    similarity of all `pairs` of a set's blocks, or of each with the set's central block (`centres`). `starts` is the
+    number of starting points of the search. `exact` solves the integer program too, for the bound.
     """
 
     blocks: int | str = 4

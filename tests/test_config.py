@@ -154,3 +154,21 @@ def test_precisions_are_the_engines():
     assert lower_precisions(Own(), ("fp32", "bf16", "int8")) == ("fp32", "int8")
     with pytest.raises(UsageError, match="--precision fp16: the engine openvino:bf16 computes in bf16, int8 here"):
         lower_precisions(Own(), ("fp32", "fp16", "int8"))
+
+
+def test_blocks_are_a_number_or_auto(tmp_path):
+    assert resolve({"blocks": "auto"}, {}, None).blocks == "auto"
+    assert resolve({"blocks": "6"}, {}, None).blocks == 6
+    (tmp_path / "derc.toml").write_text(
+        'blocks = "auto"\nsimilarity = "rbf"\npool = true\nsets = "centres"\nexact = true\n'
+    )
+    settings = resolve({}, {}, tmp_path)
+    assert (settings.blocks, settings.similarity, settings.sets) == ("auto", "rbf", "centres")
+    assert settings.pool and settings.exact
+    for flags, word in (
+        ({"blocks": "many"}, "--blocks"),
+        ({"similarity": "cca"}, "--similarity"),
+        ({"sets": "x"}, "--sets"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            resolve(flags, {}, None)
