@@ -48,11 +48,15 @@ class Synthetic:
 
 
 def synthetic(donors: int, seed: int, size: int | None = None) -> Synthetic:
-    """A zoo of so many donors of 10 to 60 units; rows are projected at random to `size` numbers, None: kept whole."""
+    """A zoo of so many donors of 10 to 60 units; rows are projected at random to `size` numbers, None: kept whole.
+
+    The zoo of a seed is the same, projected or not.
+    """
     random = np.random.default_rng(seed)
     shared = random.standard_normal((FACTORS, PROBES, 6))
     length = PROBES * (PROBES - 1) // 2
-    signs = None if size is None else (random.integers(0, 2, (length, size)) * 2 - 1).astype(np.float32)
+    coins = np.random.default_rng((seed, 1))
+    signs = None if size is None else (coins.integers(0, 2, (length, size)) * 2 - 1).astype(np.float32)
     depths = random.integers(DEPTHS[0], DEPTHS[1] + 1, donors)
     rows = np.empty((int((depths + 1).sum()), length if size is None else size), np.float32)
     start, macs = 0, []
