@@ -19,6 +19,8 @@ from derc.judge import columns_of, correct
 from derc.lowered import Lowered
 from derc.pipeline import Context
 
+LARGEST = 1e15
+"""Products of larger activations might not fit float32."""
 FORMS = ("auto", "full", "streamed", "sketched")
 
 
@@ -162,8 +164,11 @@ def _batches(step: Embed, context: Context, name: str, split: Split) -> Iterator
     for values in activations(lowered, split, step.batch):
         kinds = [cut.type for cut in lowered.cuts]
         features = [_features(value, kind, step) for value, kind in zip(values, kinds, strict=True)]
-        if not all(np.isfinite(part).all() for part in features):
-            raise UsageError(f"donor {name} gives NaN or infinite activations on the probe set: check its weights")
+        if not all(np.abs(part).max(initial=0) <= LARGEST for part in features):
+            raise UsageError(
+                f"donor {name} gives NaN or infinite activations on the probe set, or above {LARGEST:g}: "
+                "check its weights"
+            )
         yield features, values[-1].clone()
 
 

@@ -121,3 +121,19 @@ def test_remainders_of_few_images_are_no_trouble(world, form) -> None:
         found = Embed(form=form, similarity="cka-debiased").run(few, cuts)
         assert found.images == images
         assert np.isfinite(found.similarity if found.rows is None else found.rows).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e17])
+def test_activations_that_are_no_numbers_name_the_donor(world, value) -> None:
+    context, cuts = world
+    lowered = context.lowered["vit"]
+    weight = next(lowered.module.parameters())
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(value)
+    try:
+        with pytest.raises(UsageError, match="donor vit gives NaN or infinite activations"):
+            Embed().run(context, cuts)
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
