@@ -17,6 +17,17 @@ TAKEN = 0.999
 """A loss of 1 is that of what failed, of which another form may do; what is proposed has not failed."""
 
 
+DESIGN = 2
+"""Networks that are evaluated before the first refit to any of them."""
+EVERY = 4
+"""Of the rounds after that, which evaluate one network each, every so many go by a draw, the others by the mean."""
+
+
+def greedy(count: int, number: int) -> int:
+    """How many of the `count` networks of round `number` go by the posterior mean."""
+    return int(number % EVERY > 0) if count == 1 else (count + 1) // 2
+
+
 @dataclass(frozen=True)
 class Proposal:
     """A network to evaluate; `by` is what proposed it, `loss` and `deviation` what is believed of it."""

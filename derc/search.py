@@ -28,10 +28,7 @@ from derc.passes.score import Consult, Score
 from derc.passes.select import Select
 from derc.passes.stitch import FitStitches
 from derc.pipeline import Context, Timings, execute
-from derc.proposing import Proposal, Propose
-
-BATCH = 2
-"""Networks that are evaluated between two refits: one by the posterior mean, one by a draw."""
+from derc.proposing import DESIGN, Proposal, Propose, greedy
 
 
 @dataclass(frozen=True)
@@ -73,12 +70,12 @@ class Search:
         Raises InfeasibleError where neither an assembly nor an intact donor fits the budgets.
         """
         self._evaluate_intact()
-        self.explore(self.evaluations)
+        self.explore(min(DESIGN, self.evaluations))
         self.spend()
 
     def spend(self) -> None:
-        """Evaluate in small rounds until the evaluation budget is spent or nothing new is proposed."""
-        while self.spent < self.evaluations and self.explore(min(BATCH, self.evaluations - self.spent)):
+        """Evaluate one network after another until the evaluation budget is spent or nothing new is proposed."""
+        while self.spent < self.evaluations and self.explore(1):
             pass
 
     @property
@@ -95,16 +92,17 @@ class Search:
     def explore(self, most: int) -> int:
         """One round: solve, then stitch and score the new candidates, `most` at the most; returns how many were new.
 
-        The first round's are the `select.top` best before any assembly was evaluated. Later on, half are the best by
-        the posterior mean, and the others the best by a draw from the posterior each.
+        The first round's are the best before any assembly was evaluated. Later on, some are the best by the posterior
+        mean, and the others the best by a draw from the posterior each; see `greedy`.
         """
         first, count = self.selection is None, min(most, self.select.top)
+        number = self.log[-1].round + 1 if self.log else 1
         step = Propose(
             replace(self.select, fresh=not first),
             count=self.select.top if first else count,
-            greedy=self.select.top if first else (count + 1) // 2,
+            greedy=self.select.top if first else greedy(count, number),
             seed=self.context.seed,
-            round=self.log[-1].round + 1 if self.log else 1,
+            round=number,
         )
         zoo = self.cuts, self.embedded, self.partition, self.table, self.knowledge
         try:
