@@ -57,12 +57,12 @@ def digits(donors: tuple[str, ...] = (), blocks: int = 4) -> World:
     return open_world("digits", Zoo(zoo.name, chosen), Data.load("digits", probe=300), blocks)
 
 
-def cifar(folder: Path, blocks: int = 4) -> World:
-    """The ten CIFAR-10 networks of a shared folder: 256 images as probes, 300 for validation."""
+def cifar(folder: Path, donors: tuple[str, ...] = (), blocks: int = 4) -> World:
+    """CIFAR-10 networks of a shared folder, or some of them: 256 images as probes, 300 for validation."""
     data, _ = cifarzoo.load_data(folder / "data", 256, 300, 1, 1)
-    return open_world(
-        "cifar", cifarzoo.load_zoo(folder / "zoo", Path(tempfile.mkdtemp(prefix="derc-zoo-"))), data, blocks
-    )
+    zoo = cifarzoo.load_zoo(folder / "zoo", Path(tempfile.mkdtemp(prefix="derc-zoo-")))
+    chosen = tuple(one for one in zoo.donors if not donors or one.name in donors)
+    return open_world("cifar", Zoo(zoo.name, chosen), data, blocks)
 
 
 def open_world(name: str, zoo: Zoo, data: Data, blocks: int) -> World:
@@ -181,6 +181,14 @@ def _kernel(codes: list[torch.Tensor], count: int) -> Array:
 
 def _logdet(kernel: Array) -> float:
     return float(np.linalg.slogdet(kernel)[1]) if kernel.any() else log_determinant([])
+
+
+def allowed(world: World, share: float = 0.5) -> tuple[float, list[Assembly]]:
+    """A budget of MACs, that quantile of the donors', and the stitched assemblies within it, common fronts together."""
+    donors = [sum(unit.macs for unit in donor.units) for donor in world.analysis.cuts.donors.values()]
+    limit = float(np.quantile(donors, share))
+    stitched = [assembly for assembly in order(world.graph) if not assembly.intact]
+    return limit, [a for a in stitched if world.graph.costs(world.graph.path(a) or ())["macs"] <= limit]
 
 
 def order(graph: Layered) -> list[Assembly]:
