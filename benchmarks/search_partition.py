@@ -7,8 +7,8 @@ times are of one process, one after the other, in the threads that the process h
 
 from __future__ import annotations
 
-import resource
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -255,6 +255,7 @@ def partition_rows(quick: bool = False) -> list[Row]:
     """Zoos of 8 to 10,000 donors against the published search, the exact program at 8, both forms where both can be."""
     sizes = (8, 24, 100) if quick else (8, 24, 100, 1000)
     rows = [_partition(donors, seed, quick) for donors in sizes for seed in SEEDS]
+    rows += [_memory(donors) for donors in ((50, 150) if quick else (100, 300, 1000))]
     rows += [
         _large(donors, seed) for donors in ((300,) if quick else (1000, 10_000)) for seed in SEEDS[: 1 if quick else 3]
     ]
@@ -345,13 +346,12 @@ def _centred(zoo: Zoo, cuts: Array, seed: int) -> Row:
 
 
 def _large(donors: int, seed: int) -> Row:
-    """The sketched form alone, with the memory that it takes above its rows."""
+    """The sketched form alone."""
     made: Synthetic = synthetic(donors, seed, streaming.SKETCH)
     zoo = made.zoo(sketched=True)
-    before, used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    used = time.process_time()
     seconds, cuts = timed(lambda: equivalence_sketch.search(zoo, STARTS, seed))
     used = time.process_time() - used
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     quantiles = equivalence_search.cut_numbers(zoo, equivalence_search.near_quantiles(zoo))
     values = zoo.objective(np.stack([cuts, quantiles]))
     return {
@@ -366,8 +366,25 @@ def _large(donors: int, seed: int) -> Row:
         "cpu_seconds": used,
         "valid": valid(zoo, cuts),
         "rows_mb": made.rows.nbytes / 1e6,
-        "extra_mb": (after - before) / 1e3,
-        "bytes_per_cut": made.rows.nbytes / made.cuts,
+    }
+
+
+def _memory(donors: int) -> Row:
+    """The most that the sketched search allocates beside its rows, which is what must be linear in the cuts."""
+    zoo = synthetic(donors, 0, streaming.SKETCH).zoo(sketched=True)
+    if zoo.rows is None:
+        raise ValueError("the sketched form has rows")
+    tracemalloc.start()
+    equivalence_sketch.search(zoo, STARTS, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return {
+        "part": "partition",
+        "what": f"memory of {donors} donors, {len(zoo.rows)} cuts, sketched",
+        "donors": donors,
+        "rows_bytes_per_cut": zoo.rows.nbytes / len(zoo.rows),
+        "extra_mb": peak / 1e6,
+        "extra_bytes_per_cut": peak / len(zoo.rows),
     }
 
 
