@@ -7,8 +7,8 @@ folder: blocks spread evenly, stitches fitted in closed form on the probe images
 every proxy, with labels and, where it uses them, with the donors' consensus in their place. Then each is fine-tuned
 whole, with the same optimiser and images, and tested on images that no proxy, stitch or fine-tuning has seen. Printed:
 Spearman's and Kendall's rank correlation with 95% bootstrap intervals over assemblies, with accuracy after and before
-fine-tuning, and processor seconds per network on one thread. What needs no network stands beside them: parameters, multiply-accumulates, the
-stitches' residual and the loss that selection assumes before it has seen anything.
+fine-tuning, and processor seconds per network on one thread. What needs no network stands beside them: parameters,
+multiply-accumulates, the stitches' residual and the loss that selection assumes before it has seen anything.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def consult(context: Context, *, labelled: bool) -> tuple[Data, Consensus]:
 
 
 def examine(world: World, assembly: Assembly, views: dict[bool, tuple[Data, Consensus]]) -> dict[str, Any]:
-    """One assembly: what the proxies say of it, the processor seconds of each, and its accuracies on the test images."""
+    """One assembly: what the proxies say of it, the processor seconds of each, and its test accuracies."""
     context = world.context
     start = time.process_time()
     stitched = FitStitches().run(context, assembly)
