@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Dag:
         heads = self.head[order]
         bounds = np.flatnonzero(np.diff(self.level[heads], prepend=-1, append=-1)) if len(order) else np.zeros(1, int)
         groups = []
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        for low, high in pairwise(bounds):
             starts = np.flatnonzero(np.diff(heads[low:high], prepend=-1))
             edges = order[low:high]
             groups.append((edges, self.tail[edges], starts, heads[low:high][starts]))
@@ -55,7 +56,7 @@ class Dag:
         """By level of the tail, last first: the edges, where each tail's begin, the tails."""
         bounds = np.flatnonzero(np.diff(self.level[self.tail], prepend=-1, append=-1)) if len(self.tail) else [0]
         groups = []
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        for low, high in pairwise(bounds):
             starts = np.flatnonzero(np.diff(self.tail[low:high], prepend=-1))
             groups.append((slice(low, high), starts, self.tail[low:high][starts]))
         return groups[::-1]
@@ -142,5 +143,5 @@ class Limits:
         if self.peaked >= 0:
             total = amounts.copy()
             total[self.peaked] += peak
-        marked: Array = ((total >= self.low[:, None]) & (total <= self.high[:, None])).all(axis=0)
+        marked: Array = np.all((total >= self.low[:, None]) & (total <= self.high[:, None]), axis=0)
         return marked

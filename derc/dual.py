@@ -69,7 +69,7 @@ def _finished(dag: Dag, rows: Rows, best: float, prices: Array, master: Master, 
         direction = master.prices / max(float(master.prices.max()), 1e-300)
         least = float(dag.from_nodes(rows.signed(direction) @ dag.amounts)[0]) - float(direction @ rows.offset)
         impossible = least > 1e-9 * max(1.0, float(np.abs(direction @ rows.offset)))
-    signed = rows.signed(prices)
+    signed = rows.signed(master.prices if impossible else prices)
     weights = dag.cost + signed @ dag.amounts
     return Dual(best, signed, -float(prices @ rows.offset), weights, paths, impossible)
 
@@ -108,7 +108,8 @@ class Rows:
     def excess(self, dag: Dag, path: Array) -> Array:
         """By how much a path is above each limit, in limits."""
         amounts = dag.amounts[:, path].sum(axis=1)[self.resource]
-        return self.sign * amounts / self.size - self.offset
+        above: Array = self.sign * amounts / self.size - self.offset
+        return above
 
 
 @dataclass

@@ -40,6 +40,9 @@ class Found:
     """Paths begun that were looked at."""
 
 
+NOTHING = Found(np.zeros((0, 1), int), np.zeros(0), True, 0)
+
+
 @dataclass(frozen=True, eq=False)
 class _Front:
     """Paths begun: where they are, what is left of the threshold, and what they have taken."""
@@ -71,9 +74,11 @@ def enumerate_paths(
     then `complete` is False.
     """
     search = _search(dag, limits, dual, threshold, apart)
+    if search is None:
+        return NOTHING
     found = list[_Front]()
     begun, complete = 0, True
-    for front in search.run() if search else ():
+    for front in search.run():
         begun += len(front.node)
         found.append(search.complete(front))
         if time.monotonic() > deadline:
@@ -85,8 +90,10 @@ def enumerate_paths(
 def beam(dag: Dag, limits: Limits, dual: Dual, threshold: float, width: int, apart: Apart | None = None) -> Found:
     """Some of the paths that `enumerate_paths` gives: of those begun, the `width` with the best bound go on."""
     search = _search(dag, limits, dual, threshold, apart)
+    if search is None:
+        return NOTHING
     found, begun = list[_Front](), 0
-    for front in search.run(width) if search else ():
+    for front in search.run(width):
         begun += len(front.node)
         found.append(search.complete(front))
     return _sorted(search, found, begun, complete=False)
@@ -108,13 +115,12 @@ def _above(threshold: float) -> float:
     return threshold + MARGIN * abs(threshold)
 
 
-def _sorted(search: _Search | None, found: list[_Front], begun: int, complete: bool) -> Found:
+def _sorted(search: _Search, found: list[_Front], begun: int, complete: bool) -> Found:
     longest = max((front.edges.shape[1] for front in found), default=1)
     edges = [np.pad(f.edges, ((0, 0), (0, longest - f.edges.shape[1])), constant_values=-1) for f in found]
     every = np.vstack(edges) if edges else np.zeros((0, longest), int)
     costs = np.concatenate([front.amounts[-1] for front in found]) if found else np.zeros(0)
-    if search:
-        every = np.where(every >= 0, search.dag.names[every], -1)
+    every = np.where(every >= 0, search.dag.names[every], -1)
     order = np.lexsort((*every.T[::-1], costs))
     return Found(every[order], costs[order], complete, begun)
 

@@ -15,7 +15,7 @@ from derc.ir import TensorType
 
 @dataclass(frozen=True, eq=False)
 class Ends:
-    """Where blocks end and begin: `donor`, `first`, `last` (blocks), and what they take and give as numbers of `types`."""
+    """Where blocks end and begin: `donor`, `first`, `last`, and what they take and give as numbers of `types`."""
 
     donor: Array
     first: Array
@@ -32,13 +32,14 @@ class Ends:
             name: [types.setdefault(cut.type, len(types)) for cut in donor.cuts] for name, donor in cuts.donors.items()
         }
         rows = [(donors[b.donor], b.first, b.last, kinds[b.donor][b.first], kinds[b.donor][b.last]) for b in blocks]
-        return cls(*np.array(rows, int).reshape(len(rows), 5).T, tuple(types))
+        donor, first, last, takes, gives = np.array(rows, int).reshape(len(rows), 5).T
+        return cls(donor, first, last, takes, gives, tuple(types))
 
     @cached_property
     def joined(self) -> Array:
         """Whether the column's block is what its donor goes on with after the row's, (blocks, blocks)."""
-        same: Array = self.donor[:, None] == self.donor[None, :]
-        return same & (self.last[:, None] == self.first[None, :])
+        onward: Array = (self.donor[:, None] == self.donor[None, :]) & (self.last[:, None] == self.first[None, :])
+        return onward
 
     @cached_property
     def legal(self) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -42,13 +43,13 @@ class Edge:
 
 @dataclass(frozen=True, eq=False)
 class Layered:
-    """`blocks` in donor order, `sets` their number per donor; edges lead on through the network: first those
-    from the input, then those between blocks, sorted by source, then those to the output.
+    """`blocks` in donor order, `sets` their number per donor; edges lead on through the network.
 
-    A block is here once for each precision that it may have. `tail` and `head` (edges) number the blocks, −1 is the
-    input and len(blocks) the output. `depth` (blocks) rises along every edge. `costs_of` has `params`, `macs`, `weights` and `activation` (edges); `stitch`
-    (edges) numbers `stitches`, −1: none; `skipped` is as in `Edge`. `whole` are the donors' own assemblies: the path
-    of a donor is one block where blocks of any length may be chosen.
+    Edges from the input come first, then those between blocks, sorted by source, then those to the output. A block is
+    here once for each precision that it may have. `tail` and `head` (edges) number the blocks, −1 is the input and
+    len(blocks) the output. `depth` (blocks) rises along every edge. `costs_of` has `params`, `macs`, `weights` and
+    `activation` (edges); `stitch` (edges) numbers `stitches`, −1: none; `skipped` is as in `Edge`. `whole` are the
+    donors' own assemblies where a donor's path is one block, as blocks of any length may be chosen.
     """
 
     blocks: tuple[BlockRef, ...]
@@ -115,7 +116,7 @@ class Layered:
     def _group(self, ends: Array) -> dict[BlockRef | None, tuple[int, ...]]:
         order = np.argsort(ends, kind="stable")
         bounds = np.searchsorted(ends[order], np.arange(len(self.blocks) + 2))
-        parts = [tuple(order[a:b].tolist()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        parts = [tuple(order[a:b].tolist()) for a, b in pairwise(bounds)]
         return {None: parts[-1], **dict(zip(self.blocks, parts, strict=False))}
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The cheapest paths within limits, in order, with a certificate: bound, threshold, enumeration, and a larger threshold.
+"""The cheapest paths within limits, with a certificate: a bound, a threshold, enumeration, and a larger threshold.
 
 Plain dominance between partial paths would be wrong where limits are two-sided; nothing here relies on it. All paths
 that cost at most a threshold are found, so that what is chosen among them in order of cost is exact.
@@ -15,7 +15,7 @@ import numpy as np
 from derc.artifacts import Array
 from derc.dag import Dag, Limits
 from derc.dual import Dual, maximise
-from derc.enumeration import Apart, Found, beam, enumerate_paths
+from derc.enumeration import NOTHING, Apart, Found, beam, enumerate_paths
 
 BEAM = 2000
 """Paths that the beam follows, which finds the first threshold."""
@@ -25,7 +25,6 @@ GROWTH = (1.1, 1.7, 3.0)
 """Least factor by which the threshold's distance from the bound grows, the largest, and that after a small pass."""
 SMALL = 20_000
 """Paths begun in a small pass."""
-NOTHING = Found(np.zeros((0, 1), int), np.zeros(0), True, 0)
 
 Choose = Callable[[Found, float], int]
 """Takes the paths found, cheapest first, that cost at most the threshold; returns how many answers there are now."""
@@ -36,13 +35,14 @@ class Outcome:
     """`status` is certified, exhausted (every path was looked at), or time (out before either).
 
     No path costs less than `bound`; all that cost at most `threshold` were among those chosen from. `begun` counts the
-    paths begun in all passes.
+    paths begun in all passes, `prices` (resources) are those of the bound, or of what no path can meet.
     """
 
     status: str
     bound: float
     threshold: float
     begun: int = 0
+    prices: Array | None = None
 
 
 def cheapest(
@@ -63,8 +63,8 @@ def cheapest(
     dual = maximise(dag, _relaxed(dag, limits)) if len(dag.tail) else None
     if dual is None or dual.impossible:
         choose(NOTHING, inf)
-        return Outcome("exhausted", inf, inf)
-    return _deepen(dag, limits, dual, wanted, choose, apart, deadline)
+        return Outcome("exhausted", inf, inf, prices=dual.prices if dual else None)
+    return replace(_deepen(dag, limits, dual, wanted, choose, apart, deadline), prices=dual.prices)
 
 
 def _within(dag: Dag, limits: Limits) -> Dag:

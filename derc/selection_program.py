@@ -117,8 +117,9 @@ class PathProgram:
     ) -> IntegerProgram:
         """The program that minimises `resource` within `budgets`, without the known assemblies `barred`.
 
-        With `sign` −1 it maximises. The answer is `diversity` blocks away from each of `earlier`, where a block in another precision is the same.
-        Columns: edges, known assemblies, then the peak activation in MB where memory matters.
+        With `sign` −1 it maximises. The answer is `diversity` blocks away from each of `earlier`, where a block in
+        another precision is the same. Columns: edges, known assemblies, then the peak activation in MB where memory
+        matters.
         """
         builder = Builder()
         names = [*map(str, self.learnt.graph.edges), *(f"known {assembly}" for assembly in self.known)]

@@ -112,7 +112,7 @@ class Select:
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """The given budgets. Raises UsageError for one that is not a positive number, or a lower one above its upper."""
+        """The given budgets; raises UsageError for one that is no positive number, or a lower above its upper one."""
         upper = [
             Budget(name, *_checked(KINDS[name], limit))
             for name in KINDS
@@ -178,8 +178,8 @@ def _by_search(
 ) -> _Found:
     """All at once, by derc's own search."""
     deadline = time.monotonic() + options.time_limit_s
-    limits = {"diversity": options.diversity, "earlier": old, "barred": barred}
-    answer = best(program, budgets, options.top, deadline=deadline, **limits)
+    apart = options.diversity
+    answer = best(program, budgets, options.top, diversity=apart, earlier=old, barred=barred, deadline=deadline)
     return _Found(answer.assemblies, answer.status, answer.bound, solver.name)
 
 
