@@ -51,6 +51,8 @@ CIFAR_DONORS = (
 QUICK_DONORS = ("resnet-slim", "effnet", "convnext", "vit-patch8", "swin")
 PROXIES = ("accuracy", "naswot")
 WORTHLESS = -1e9
+LEAST = 30
+"""derc's searches stop after a fifth of the published loop's budget, or after so many evaluations."""
 FIFTH = 5
 """The share of the published loop's budget, as one in so many, at which best values are compared."""
 
@@ -132,15 +134,17 @@ def reached(values: Sequence[float], target: float) -> int | None:
     return next((number for number, value in enumerate(values, 1) if value >= target), None)
 
 
-def instances(quick: bool, zoo_dir: Path | None, cache: Path) -> list[Instance]:
+def instances(
+    quick: bool, zoo_dir: Path | None, cache: Path, only: str | None = None, share: float = 0.5
+) -> list[Instance]:
     """The search problems; the shared zoo only where its folder is given, and not in a quick run."""
-    worlds = [digits(QUICK_DONORS, blocks=3)] if quick else [digits()]
+    worlds = [digits(QUICK_DONORS, blocks=3)] if quick else [digits()] if only != "cifar" else []
     shared = zoo_dir or (Path(os.environ["DERC_SHARED"]) if os.environ.get("DERC_SHARED") else None)
-    if shared is not None and not quick:
+    if shared is not None and not quick and only != "digits":
         worlds.append(cifar(shared.parent if (shared / "zoo.json").is_file() else shared, CIFAR_DONORS))
     found = []
     for world in worlds:
-        limit, within = allowed(world)
+        limit, within = allowed(world, share)
         values = Values(world, cache)
         found += [Instance(world, proxy, limit, Space(world.graph, tuple(within)), values) for proxy in PROXIES]
     return found
@@ -157,7 +161,7 @@ def run(instance: Instance, seed: int, budget: int) -> dict[str, Any]:
     curves, designs = dict(baselines), dict[str, int]()
     start = time.perf_counter()
     for name, design in (("derc", "prior"), ("derc_random_design", "random")):
-        trace = Trace(instance.value, budget)
+        trace = Trace(instance.value, max(budget // FIFTH, LEAST))
         designs[name] = derc_search(instance, trace, seed, design=design, until=target)
         curves[name] = instance.answers(trace)
     row: dict[str, Any] = {"instance": instance.name, "seed": seed, "networks": len(instance.space.allowed)}
@@ -172,10 +176,17 @@ def run(instance: Instance, seed: int, budget: int) -> dict[str, Any]:
     return row
 
 
-def loop_rows(quick: bool, zoo_dir: Path | None, cache: Path = CACHE, seeds: int = 5) -> list[dict[str, Any]]:
+def loop_rows(
+    quick: bool,
+    zoo_dir: Path | None,
+    cache: Path = CACHE,
+    seeds: int = 5,
+    only: str | None = None,
+    share: float = 0.5,
+) -> list[dict[str, Any]]:
     """A row for each instance and seed, with best-so-far curves under `curves`."""
     rows = []
-    for instance in instances(quick, zoo_dir, cache):
+    for instance in instances(quick, zoo_dir, cache, only, share):
         budget = min(BUDGET, len(instance.space.allowed))
         if all(str(one) in instance.values.known for one in instance.space.allowed):
             best = max(map(instance.value, instance.space.allowed))
@@ -223,12 +234,14 @@ def line(row: dict[str, Any]) -> str:
 @click.option("--quick", is_flag=True, help="Five donors in three blocks, two seeds.")
 @click.option("--zoo-dir", type=click.Path(path_type=Path), help="Folder with zoo/ and data/ of the CIFAR networks.")
 @click.option("--seeds", default=5, show_default=True)
+@click.option("--only", type=click.Choice(["digits", "cifar"]))
+@click.option("--share", default=0.5, show_default=True, help="Quantile of the donors' MACs that is the budget.")
 @click.option("--cache", type=click.Path(path_type=Path), default=CACHE, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=CACHE, show_default=True)
-def main(quick: bool, zoo_dir: Path | None, seeds: int, cache: Path, out: Path) -> None:
+def main(quick: bool, zoo_dir: Path | None, seeds: int, only: str | None, share: float, cache: Path, out: Path) -> None:
     """Run all searches; write rows, curves and a plot; print the figures."""
     torch.set_num_threads(1)
-    rows = loop_rows(quick, zoo_dir, cache, seeds)
+    rows = loop_rows(quick, zoo_dir, cache, seeds, only, share)
     out.mkdir(parents=True, exist_ok=True)
     (out / "loop.json").write_text(json.dumps({"rows": rows, "figures": figures(rows)}, indent=1), encoding="utf-8")
     (out / "loop.svg").write_text(plot(rows), encoding="utf-8")
