@@ -30,8 +30,8 @@ DISTORTION_LOSS = 1.0
 UNKNOWN_DISTORTION = 0.05
 """Taken for a block whose lower precision was never compared with float32."""
 SPREADS = {
-    "level": 3.0,
-    "prior": 5.0,
+    "level": 1.0,
+    "prior": 1.0,
     "stitches": 0.7,
     "sizes": 0.3,
     "donor": 0.3,
@@ -40,7 +40,8 @@ SPREADS = {
     "form": 0.5,
     "pair": 0.7,
 }
-"""Standard deviations of the corrections of the loss, in units of its scale, before anything was evaluated."""
+"""Standard deviations of the corrections of the loss before anything was evaluated: of the level and of the prior's
+share in units of the loss, of the others in units of its scale."""
 NOISE_SPREAD = 0.2
 """The same of what no sum over edges explains."""
 
@@ -172,8 +173,8 @@ def features(graph: Layered, cuts: CutZoo, embedded: EmbeddedZoo, prior: Array) 
     form = [None if edge.target is at_full else edge.target for edge, at_full in zip(edges, plain, strict=True)]
     steps = [edge.target and (edge.source and edge.source.plain, edge.target.plain) for edge in edges]
     return (
-        Group("level", SPREADS["level"], values=np.array([[float(edge.source is None)] for edge in edges])),
-        Group("prior", SPREADS["prior"], values=prior[:, None]),
+        Group("level", SPREADS["level"], values=np.array([[float(edge.source is None)] for edge in edges]), fixed=True),
+        Group("prior", SPREADS["prior"], values=prior[:, None], fixed=True),
         Group("stitches", SPREADS["stitches"], values=_joints(graph, cuts, embedded)),
         Group("sizes", SPREADS["sizes"], values=_sizes(graph)),
         indicators("donor", SPREADS["donor"], [block and block.donor for block in plain]),

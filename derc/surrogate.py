@@ -37,13 +37,15 @@ DIGITS = 12
 class Group:
     """Features of edges with one prior standard deviation, `spread` in units of the scale before anything is known.
 
-    Either `values` (edges, features) are numbers, or `keys` (edges,) number indicators, −1 where an edge has none.
+    That of `fixed` features is in units of the losses and stays: what they explain does not bear on the scale. Either
+    `values` (edges, features) are numbers, or `keys` (edges,) number indicators, −1 where an edge has none.
     """
 
     name: str
     spread: float
     values: Array | None = None
     keys: Array | None = None
+    fixed: bool = False
 
     @cached_property
     def size(self) -> int:
@@ -156,12 +158,27 @@ def fit(
     all are) do not decide on scale and multiples, as those whose losses the prior was made from.
     """
     rows = [row for row in range(len(paths)) if telling is None or telling[row]]
-    residual = _residual(prior, paths, values)[rows]
-    kernels = {group.name: _product(group.sums([paths[row] for row in rows])) for group in groups}
-    start = {**{group.name: group.spread for group in groups}, NOISE: noise}
+    seen = [paths[row] for row in rows]
+    free, basis = [group for group in groups if not group.fixed], _unexplained(groups, seen)
+    residual = basis.T @ _residual(prior, paths, values)[rows]
+    kernels = {group.name: _product(basis.T @ group.sums(seen)) for group in free}
+    start = {**{group.name: group.spread for group in free}, NOISE: noise}
     multiples = _times(start, _climb(kernels, start, residual))
     scale = _scale_of(_root(kernels, multiples, len(residual)), residual)
-    return Surrogate(groups, prior, tuple(paths), values, {name: scale * one for name, one in multiples.items()})
+    spreads = {name: scale * one for name, one in multiples.items()}
+    return Surrogate(
+        groups, prior, tuple(paths), values, spreads | {group.name: group.spread for group in groups if group.fixed}
+    )
+
+
+def _unexplained(groups: tuple[Group, ...], paths: Sequence[tuple[int, ...]]) -> Array:
+    """Orthonormal columns that span what fixed groups cannot explain of the paths' losses (restricted likelihood)."""
+    fixed = [group.sums(paths) for group in groups if group.fixed]
+    if not fixed:
+        return np.eye(len(paths))
+    columns = np.concatenate(fixed, axis=1)
+    basis: Array = np.linalg.qr(columns, mode="complete")[0][:, columns.shape[1] :]
+    return basis
 
 
 def _climb(kernels: Mapping[str, Array], start: Mapping[str, float], residual: Array) -> dict[str, float]:
