@@ -22,7 +22,8 @@ def compile(
 ) -> dict[str, Any]:
     """Compile `zoo` into the bundle `out`; returns what `derc compile --json` prints.
 
-    `options` are those of the command line with underscores: latency_ms, params_m, macs_g, memory_mb, blocks, epsilon,
+    `options` are those of the command line with underscores: latency_ms, params_m, macs_g, memory_mb, min_latency_ms,
+    min_params_m, min_macs_g, max_blocks, interval, blocks, epsilon,
     solver, top, evaluations, objective, profile_s, probe, seed, threads, batch, engine, precision, emit, checkpoint,
     input_size, offline. Environment and derc.toml are not read. Raises the errors of `derc.errors`.
     """

@@ -57,9 +57,16 @@ SIZES: tuple[Function, ...] = (
     click.option("--params-m", type=float, help="Parameter budget in millions."),
     click.option("--macs-g", type=float, help="Budget of multiply-accumulates in billions."),
     click.option("--memory-mb", type=float, help="Peak memory budget: weights and largest activation, in MB."),
+    click.option("--min-latency-ms", type=float, help="Latency at the least, in ms."),
+    click.option("--min-params-m", type=float, help="Parameters at the least, in millions."),
+    click.option("--min-macs-g", type=float, help="Multiply-accumulates at the least, in billions."),
 )
 SEARCH: tuple[Function, ...] = (
-    click.option("--solver", type=click.Choice(["auto", "highs", "gurobi"]), help="Solver of the integer program."),
+    click.option(
+        "--solver", type=click.Choice(["auto", "derc", "highs", "gurobi"]), help="What selects; derc: its own search."
+    ),
+    click.option("--interval", is_flag=True, default=None, help="Blocks between any cuts, not the partition's alone."),
+    click.option("--max-blocks", type=int, help="Pieces of an assembly at most; a donor's next block is no new one."),
     click.option("--top", type=int, help="Solutions asked of the solver per round."),
     click.option("--evaluations", type=int, help="Assemblies stitched and scored at most."),
     click.option("--objective", help="Proxy that ranks assemblies: accuracy, kl, linear_probe, …  [default: accuracy]"),

@@ -19,6 +19,7 @@ from derc.zoo import PRESETS
 FILE = "derc.toml"
 PREFIX = "DERC_"
 BUDGETS = ("latency_ms", "params_m", "macs_g", "memory_mb")
+LOWER_BUDGETS = ("min_latency_ms", "min_params_m", "min_macs_g")
 OTHER_VARIABLES = ("DERC_CACHE", "DERC_DEBUG")
 
 
@@ -37,6 +38,11 @@ class CompileSettings(BaseModel):
     params_m: float | None = None
     macs_g: float | None = None
     memory_mb: float | None = None
+    min_latency_ms: float | None = None
+    min_params_m: float | None = None
+    min_macs_g: float | None = None
+    max_blocks: int | None = Field(None, ge=1)
+    interval: bool = False
     output: Path = Path("out/derc")
     blocks: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
     epsilon: float = Field(0.2, ge=0, allow_inf_nan=False)
@@ -44,7 +50,7 @@ class CompileSettings(BaseModel):
     pool: bool = False
     sets: Literal["pairs", "centres"] = "pairs"
     exact: bool = False
-    solver: Literal["highs", "gurobi", "auto"] = "auto"
+    solver: Literal["auto", "derc", "highs", "gurobi"] = "auto"
     probe: int = Field(512, ge=8)
     top: int = Field(8, ge=1)
     evaluations: int = Field(24, ge=1)
@@ -111,7 +117,7 @@ class CompileSettings(BaseModel):
             raise ValueError("must be triton, a model repository for Triton Inference Server")
         return value
 
-    @field_validator(*BUDGETS)
+    @field_validator(*BUDGETS, *LOWER_BUDGETS)
     @classmethod
     def _positive_budget(cls, value: float | None) -> float | None:
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -258,6 +264,10 @@ TEMPLATE = """\
 # params_m = 10.0
 # macs_g = 1.0
 # memory_mb = 100.0
+# The same from below.
+# min_latency_ms = 1.0
+# min_params_m = 1.0
+# min_macs_g = 0.1
 
 # Where the result goes.
 # output = "out/derc"
@@ -271,7 +281,11 @@ TEMPLATE = """\
 # sets = "pairs"
 # Whether to prove how good the partition is; for small zoos.
 # exact = false
-# highs, gurobi, or auto: gurobi where a licence is found.
+# Whether blocks may begin and end at any cuts, and of how many pieces an assembly is at most.
+# interval = false
+# max_blocks = 4
+# Who selects: derc (its own exact search), highs or gurobi; auto is derc, with gurobi for other integer programs where
+# a licence is found.
 # solver = "auto"
 # Images that show what a network's values mean.
 # probe = 512

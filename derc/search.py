@@ -193,6 +193,8 @@ class Search:
 
     def fits(self, one: Judged) -> bool:
         """Whether the network meets all budgets by what is known: measured latency before predicted."""
+        if not self.select.large_enough(one.assembly, one.predicted):
+            return False
         limits = {
             "params": self.select.params_m and self.select.params_m * 1e6,
             "macs": self.select.macs_g and self.select.macs_g * 1e9,

@@ -71,7 +71,7 @@ class PathProgram:
         if resource == "latency_ms":
             return self._latencies()
         if resource == "blocks":
-            edges = (graph.head < len(graph.blocks)).astype(float)
+            edges = ((graph.tail < 0) | (graph.stitch >= 0)).astype(float)
             return np.concatenate([edges, [edges[list(path)].sum() for path in self.paths]])
         name, scale = {"params_m": ("params", 1e-6), "macs_g": ("macs", 1e-9), "memory_mb": ("weights", 1e-6)}[resource]
         column = scale * graph.column(name)

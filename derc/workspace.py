@@ -125,7 +125,7 @@ def open_contexts(settings: CompileSettings, console: Console) -> tuple[Context,
         registry.known_engine(one.engine)
         if settings.emit == "triton":
             triton.kind_of(dict(zip(("engine", "variant"), parse(one.engine), strict=True)))
-    solver, present = choose(settings.solver), target.present
+    solver, present = choose(settings.solver, console.say), target.present
     engines = [registry.open_engine(one.engine if present else STAND_IN, one.threads * present) for one in targets]
     where = "here" if present else f"on this machine, which is not {target.name}"
     precisions = [lower_precisions(engine, settings.precisions, where) for engine in engines]

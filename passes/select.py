@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import ClassVar
 
-from derc import layered
+from derc import intervals, layered
 from derc.artifacts import (
     Assembly,
     Candidate,
@@ -22,7 +23,7 @@ from derc.errors import DercError, InfeasibleError, UsageError
 from derc.learnt import Learnt, learn
 from derc.milp import Exact, Solution, Solver, relative_gap
 from derc.pipeline import Context
-from derc.selection_program import Budget, PathProgram
+from derc.selection_program import SLACK, Budget, PathProgram
 from derc.selection_search import best
 
 KINDS = {
@@ -30,7 +31,7 @@ KINDS = {
     "params_m": ("--params-m", "M parameters", "smallest"),
     "macs_g": ("--macs-g", "G MACs", "lightest"),
     "memory_mb": ("--memory-mb", "MB", "least memory"),
-    "blocks": ("--max-blocks", "blocks", "shortest"),
+    "blocks": ("--max-blocks", "blocks", "fewest blocks"),
 }
 LOWER = {
     "latency_ms": ("--min-latency-ms", "ms", "slowest"),
@@ -46,6 +47,8 @@ class Select:
 
     A block in another precision is the same block here: of the forms of one network only the best is proposed, for
     they would crowd out others (k blocks in p precisions make pᵏ forms). `min_…` are lower limits of the same amounts.
+    `max_blocks` limits the pieces of an assembly, where a donor's consecutive blocks are one. With `interval` blocks
+    begin and end at any cuts, see `derc.intervals`.
     Predicted latencies must stay below (1 − `margin`) of the budget, measured ones below the budget. `heads` are the
     donors that may provide the last block (none named: all). `one_per_set` forbids leaving out an equivalence set,
     `fresh` proposing what is known already, in other precisions too if it fits (then there may be no candidate).
@@ -65,6 +68,7 @@ class Select:
     margin: float = 0.0
     one_per_set: bool = False
     fresh: bool = False
+    interval: bool = False
     heads: tuple[str, ...] = ()
     time_limit_s: float = 60.0
     name: ClassVar[str] = "select"
@@ -94,8 +98,15 @@ class Select:
         knowledge: Knowledge,
     ) -> Learnt:
         """The graph of legal assemblies with predicted losses and latencies."""
+        if self.interval and self.one_per_set:
+            raise UsageError("one block from each equivalence set and blocks between any cuts exclude each other")
+        table = intervals.extended(table, cuts, partition) if table and self.interval else table
         timed, weights = (table.blocks, table.weights) if table else (None, None)
-        graph = layered.build(cuts, partition, self.heads, one_per_set=self.one_per_set, timed=timed, weights=weights)
+        if self.interval:
+            graph = intervals.build(cuts, partition, self.heads, timed=timed, weights=weights)
+        else:
+            one = self.one_per_set
+            graph = layered.build(cuts, partition, self.heads, one_per_set=one, timed=timed, weights=weights)
         return learn(graph, cuts, embedded, table, knowledge)
 
     def predict(
@@ -109,6 +120,16 @@ class Select:
     ) -> dict[str, float | None]:
         """`latency_ms` (None without a table), `params`, `macs` and `memory_mb` of one assembly."""
         return self.learn(cuts, embedded, partition, table, knowledge).predict(assembly)
+
+    def large_enough(self, assembly: Assembly, predicted: Mapping[str, float | None]) -> bool:
+        """Whether an assembly of these `predicted` amounts keeps to the lower limits and is of few enough pieces."""
+        if self.max_blocks is not None and 1 + sum(assembly.stitched) > self.max_blocks:
+            return False
+        scales = {"latency_ms": 1 - self.margin, "params": 1e6, "macs": 1e9}
+        lower = zip(scales.items(), (self.min_latency_ms, self.min_params_m, self.min_macs_g), strict=True)
+        return all(
+            least is None or (predicted[name] or 0.0) >= least * scale * (1 - SLACK) for (name, scale), least in lower
+        )
 
     @property
     def budgets(self) -> tuple[Budget, ...]:

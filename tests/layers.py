@@ -151,7 +151,7 @@ def amounts(learnt: Learnt, options: Select, assembly: Assembly) -> dict[str, fl
         "params_m": (predicted["params"] or 0) / 1e6,
         "macs_g": (predicted["macs"] or 0) / 1e9,
         "memory_mb": predicted["memory_mb"] or 0,
-        "blocks": len(assembly.blocks),
+        "blocks": 1 + sum(assembly.stitched),
     }
 
 

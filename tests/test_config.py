@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from derc.config import BUDGETS, KEYS, TEMPLATE, CompileSettings, resolve
+from derc.config import BUDGETS, KEYS, LOWER_BUDGETS, TEMPLATE, CompileSettings, resolve
 from derc.errors import UsageError
 from derc.workspace import lower_precisions
 
@@ -105,7 +105,7 @@ def test_the_template_is_commented_whole_and_its_settings_are_the_defaults(tmp_p
     (tmp_path / "derc.toml").write_text(bare)
     settings = resolve({}, {}, tmp_path)
     assert set(tomllib.loads(bare)) == set(KEYS)
-    examples = {*BUDGETS, "checkpoint", "input_size", "profile_s", "engine", "emit"}
+    examples = {*BUDGETS, *LOWER_BUDGETS, "max_blocks", "checkpoint", "input_size", "profile_s", "engine", "emit"}
     defaults = CompileSettings()
     for key in set(KEYS) - examples:
         assert getattr(settings, key) == getattr(defaults, key), key

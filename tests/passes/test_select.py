@@ -10,6 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import derc.enumeration
+import derc.paths
 from derc.artifacts import Array, Assembly, Evaluated, Knowledge
 from derc.backends.gurobi import Gurobi
 from derc.backends.highs import Highs
@@ -17,6 +19,8 @@ from derc.errors import DercError, InfeasibleError, UsageError
 from derc.learnt import Learnt
 from derc.milp import Exact, IntegerProgram, Solution, Solver
 from derc.passes.select import LOWER, Select, select, spans
+from derc.selection_program import PathProgram
+from derc.selection_search import best
 from tests.layers import Problem, amounts, fits, paths, random_knowledge, random_problem
 from tests.zoos import latency
 
@@ -307,3 +311,88 @@ def test_a_form_that_failed_does_not_stand_for_the_others() -> None:
         assert found.assembly not in seen
         seen.add(found.assembly)
         failed = Knowledge((*failed.evaluated, Evaluated(found.assembly, 0.0)))
+
+
+def test_a_lower_budget_above_its_upper_one_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"--min-params-m 2 is above --params-m 1"):
+        _ = Select(params_m=1.0, min_params_m=2.0).budgets
+
+
+@both
+def test_an_unreachable_lower_budget_names_the_largest(solver: Solver) -> None:
+    problem = random_problem(4, (5, 5))
+    learnt = problem.learn(Select())
+    most = max(amounts(learnt, Select(), assembly)["params_m"] for assembly in paths(learnt))
+    with pytest.raises(InfeasibleError, match=rf"meets --min-params-m 1000: the largest .* is {most:.4g} M parameters"):
+        select(learnt, Select(min_params_m=1000.0), solver)
+
+
+@pytest.mark.parametrize("resource", [*RESOURCES, "blocks"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_least_of_each_resource_is_the_same_by_search_and_by_program(seed: int, resource: str) -> None:
+    problem = random_problem(seed, (5, 4, 5), lower=("int8",) if seed % 2 else ())
+    learnt = problem.learn(Select(), random_knowledge(seed, problem.learn(Select()), 4))
+    program = PathProgram(learnt, 0.1)
+    truth = Highs().solve(program.build(resource)).objective
+    found = best(program, (), 1, resource=resource)
+    assert found.bound == pytest.approx(truth, rel=1e-6)
+    assert len(found.assemblies) == found.sure == 1
+
+
+def test_out_of_time_with_an_incumbent_is_feasible_with_a_bound() -> None:
+    problem = random_problem(2, (8,) * 8, blocks=4)
+    options = Select(top=8, time_limit_s=1e-9, params_m=0.012)
+    learnt = problem.learn(options)
+    found, truth = select(learnt, options, EXACT), select(learnt, replace(options, time_limit_s=60.0), EXACT)
+    assert (found.status, truth.status) == ("feasible", "optimal")
+    assert found.bound <= truth.objective <= found.objective
+    assert all(fits(learnt, options, candidate.assembly) for candidate in found.candidates)
+
+
+def test_out_of_time_without_an_incumbent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = random_problem(2, (8,) * 4, blocks=4)
+    options = Select(time_limit_s=1e-9, params_m=0.012)
+    monkeypatch.setattr(derc.paths, "BEAM", 1)
+    monkeypatch.setattr(derc.enumeration, "SPREAD", 1)
+    monkeypatch.setattr(derc.enumeration, "WIDTH", 1)
+    for seed in range(30):
+        learnt = random_problem(seed, (8,) * 4, blocks=4).learn(options)
+        sizes = sorted(amounts(learnt, options, a)["params_m"] for a in paths(learnt))
+        tight = replace(options, params_m=sizes[3], min_params_m=sizes[2])
+        try:
+            assert select(learnt, tight, EXACT).status == "feasible"
+        except DercError as error:
+            assert "derc found no assembly within 1e-09 s: allow more time" in str(error)
+            return
+    assert problem and pytest.fail("every beam found an assembly")
+
+
+@both
+def test_a_start_from_what_is_known_changes_nothing(solver: Solver) -> None:
+    problem = random_problem(5, (6, 6, 5))
+    learnt = problem.learn(Select(), random_knowledge(1, problem.learn(Select()), 6))
+    program = PathProgram(learnt, 0.0)
+    known = program.ready(())[0]
+    built = program.build("loss")
+    start = program.start(known, built)
+    assert program.read(start) == known
+    assert float(built.cost @ start) == pytest.approx(learnt.expected_loss(known))
+    plain, begun = solver.solve(built), solver.solve(built, start=start)
+    assert begun.objective == pytest.approx(plain.objective, abs=1e-7)
+
+
+def test_an_answer_says_who_gave_it() -> None:
+    learnt = random_problem(3, (4, 4)).learn(Select())
+    assert [select(learnt, Select(), solver).solver for solver in (EXACT, Highs())] == ["derc", "highs"]
+
+
+def test_a_search_far_apart_among_many_is_exact() -> None:
+    problem = random_problem(11, (7,) * 10, blocks=4)
+    options = Select(top=8, diversity=3)
+    learnt = problem.learn(options)
+    found = select(learnt, options, EXACT)
+    chosen: list[Assembly] = []
+    for assembly in sorted(paths(learnt), key=learnt.expected_loss):
+        if len(chosen) < 8 and all(overlap(a, assembly) <= max(len(a.blocks) - 3, 0) for a in chosen):
+            chosen.append(assembly)
+    assert [c.objective for c in found.candidates] == pytest.approx([learnt.expected_loss(a) for a in chosen])
