@@ -143,3 +143,14 @@ def test_without_data_the_prior_stays() -> None:
     model = fit(groups(), np.linspace(0, 1, EDGES), [], np.zeros(0), noise=0.2)
     assert model.mean == pytest.approx(np.linspace(0, 1, EDGES))
     assert model.spreads["block"] == pytest.approx(0.8 * surrogate.SCALE)
+
+
+def test_what_fixed_features_explain_does_not_bear_on_the_scale() -> None:
+    level = Group("level", 1.0, values=np.ones((EDGES, 1)), fixed=True)
+    seen, random = paths(30), np.random.default_rng(8)
+    values = 0.01 * random.standard_normal(30)
+    near, far = (fit((level, *groups()), np.zeros(EDGES), seen, values + shift, 0.2) for shift in (0.0, 0.5))
+    assert far.spreads["level"] == 1.0
+    assert far.spreads == pytest.approx(near.spreads)
+    assert far.spreads["block"] < 0.05
+    assert far.mean[list(seen[0])].sum() == pytest.approx(near.mean[list(seen[0])].sum() + 0.5, abs=0.01)
