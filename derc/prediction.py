@@ -8,7 +8,7 @@ left one out, Rasmussen & Williams 2006, eq. 5.12). They are a sum over a path's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,10 +65,8 @@ def predict(graph: Layered, cuts: CutZoo, table: LatencyTable, measured: Mapping
     """
     parts = parts_of(graph, cuts, table)
     known = {a: ms for a, ms in measured.items() if graph.path(a) is not None}
-    taken = np.zeros((len(known), len(graph.edges)))
-    for row, assembly in enumerate(known):
-        taken[row, list(graph.path(assembly) or ())] = 1
-    correction, errors = correct(parts, taken, np.array(list(known.values())))
+    paths = [graph.path(assembly) or () for assembly in known]
+    correction, errors = correct(parts, paths, np.array(list(known.values())))
     latency = np.maximum(parts.own + correction, LEAST_SHARE * parts.own)
     return Prediction(latency, dict(zip(known, map(float, errors), strict=True)))
 
@@ -84,29 +82,36 @@ def wholes(table: LatencyTable, graph: Layered) -> dict[Assembly, Latency]:
     return {a: latency for a, latency in (donors | networks).items() if graph.path(a) is not None}
 
 
-def correct(parts: Parts, taken: Array, whole: Array) -> tuple[Array, Array]:
+def correct(parts: Parts, paths: Sequence[Sequence[int]], whole: Array) -> tuple[Array, Array]:
     """Correction of each edge in ms, and the errors of networks `whole` (ms), each predicted from the others.
 
-    `taken` (networks, edges) marks the edges of each network.
+    `paths` are the edges of each network. Memory grows with the edges and with networks times blocks, not with edges
+    times blocks.
     """
     if not len(whole):
         return np.zeros(len(parts.own)), np.zeros(0)
-    root, own = _root(parts), np.where(parts.stitched, EDGE_SPREAD * parts.features[:, 3], 0.0) ** 2
-    seen = taken @ root
-    covariance = seen @ seen.T + (taken * own) @ taken.T + np.diag((NOISE * whole) ** 2)
+    used = np.unique(np.concatenate([np.asarray(path, np.int64) for path in paths]))
+    taken = np.stack([np.isin(used, path) for path in paths]).astype(np.float64)
+    common, block = parts.features * parts.spreads, BLOCK_SPREAD * parts.features[:, 3]
+    own = np.where(parts.stitched, EDGE_SPREAD * parts.features[:, 3], 0.0)[used] ** 2
+    shared, blocks = taken @ common[used], taken @ _by_block(parts, block, used)
+    covariance = shared @ shared.T + blocks @ blocks.T + (taken * own) @ taken.T + np.diag((NOISE * whole) ** 2)
     inverse = np.linalg.inv(covariance)
-    weights = inverse @ (whole - taken @ parts.own)
+    weights = inverse @ (whole - taken @ parts.own[used])
     errors: Array = -weights / np.diag(inverse) / whole
-    return root @ (seen.T @ weights) + own * (taken.T @ weights), errors
+    correction: Array = common @ (shared.T @ weights)
+    inner = parts.blocks >= 0
+    correction[inner] += (block * (blocks.T @ weights)[parts.blocks])[inner]
+    correction[used] += own * (taken.T @ weights)
+    return correction, errors
 
 
-def _root(parts: Parts) -> Array:
-    """R (edges, coefficients) with R Rᵀ the prior covariance of the edges' corrections, but for each edge's own."""
-    count = int(parts.blocks.max(initial=-1)) + 1
-    blocks = np.zeros((len(parts.own), count))
-    inner = np.flatnonzero(parts.blocks >= 0)
-    blocks[inner, parts.blocks[inner]] = BLOCK_SPREAD * parts.features[inner, 3]
-    return np.hstack([parts.features * parts.spreads, blocks])
+def _by_block(parts: Parts, block: Array, used: Array) -> Array:
+    """(used edges, blocks): the standard deviation of each edge's target block, in that block's column."""
+    table = np.zeros((len(used), max(int(parts.blocks.max(initial=-1)) + 1, 1)))
+    inner = np.flatnonzero(parts.blocks[used] >= 0)
+    table[inner, parts.blocks[used][inner]] = block[used][inner]
+    return table
 
 
 def parts_of(graph: Layered, cuts: CutZoo, table: LatencyTable) -> Parts:

@@ -59,9 +59,10 @@ def test_corrections_are_those_of_the_explicit_regression() -> None:
     learnt = problem.learn(Select())
     parts = parts_of(learnt.graph, problem.cuts, problem.table)
     known = list(split(law(problem, -0.01, 1.1), 12)[0].items())
+    paths = [learnt.graph.path(assembly) or () for assembly, _ in known]
     taken = np.zeros((len(known), len(parts.own)))
-    for row, (assembly, _) in enumerate(known):
-        taken[row, list(learnt.graph.path(assembly) or ())] = 1
+    for row, path in enumerate(paths):
+        taken[row, list(path)] = 1
     whole = np.array([ms for _, ms in known])
     columns = [parts.features[:, i] * parts.spreads[i] for i in range(5)]
     for number in range(int(parts.blocks.max()) + 1):
@@ -72,11 +73,11 @@ def test_corrections_are_those_of_the_explicit_regression() -> None:
     rows = (taken @ design) / (prediction.NOISE * whole)[:, None]
     target = (whole - taken @ parts.own) / (prediction.NOISE * whole)
     weights = np.linalg.solve(rows.T @ rows + np.eye(rows.shape[1]), rows.T @ target)
-    correction, errors = correct(parts, taken, whole)
+    correction, errors = correct(parts, paths, whole)
     np.testing.assert_allclose(correction, design @ weights, atol=1e-9)
     for out in (0, 5, 11):
         rest = np.arange(12) != out
-        without, _ = correct(parts, taken[rest], whole[rest])
+        without, _ = correct(parts, [paths[i] for i in np.flatnonzero(rest)], whole[rest])
         assert errors[out] == pytest.approx(float(taken[out] @ (parts.own + without)) / whole[out] - 1, abs=1e-9)
 
 
