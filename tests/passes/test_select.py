@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any, cast
 
@@ -396,3 +399,23 @@ def test_a_search_far_apart_among_many_is_exact() -> None:
         if len(chosen) < 8 and all(overlap(a, assembly) <= max(len(a.blocks) - 3, 0) for a in chosen):
             chosen.append(assembly)
     assert [c.objective for c in found.candidates] == pytest.approx([learnt.expected_loss(a) for a in chosen])
+
+
+def test_one_thread_and_two_select_the_same() -> None:
+    program = (
+        "from tests.layers import random_problem; from derc.passes.select import Select, select\n"
+        "from derc.backends.highs import Highs; from derc.milp import Exact\n"
+        "p = random_problem(3, (8,) * 10, blocks=4, lower=('int8',)); o = Select(params_m=0.02, top=12)\n"
+        "print(select(p.learn(o), o, Exact(Highs())))"
+    )
+    answers = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
+        ).stdout
+        for threads in "12"
+    }
+    assert len(answers) == 1 and "optimal" in answers.pop()
