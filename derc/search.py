@@ -134,7 +134,7 @@ class Search:
         """Stitch and score what round `number` proposes, and log it."""
         if not proposals:
             return
-        reference = execute(Consult(), self.context, timings=self.timings)
+        reference, learnt = execute(Consult(), self.context, timings=self.timings), None
         for one in self.context.console.track(proposals, "stitch", len(proposals)):
             assembly = one.candidate.assembly
             started, watch = time.perf_counter(), Timings()
@@ -150,9 +150,9 @@ class Search:
                 continue
             finally:
                 self.timings.include(watch)
-            predicted = one.candidate.predicted or self.select.predict(
-                assembly, self.cuts, self.embedded, self.partition, self.table, self.knowledge
-            )
+            if not one.candidate.predicted and learnt is None:
+                learnt = self.select.learn(self.cuts, self.embedded, self.partition, self.table, self.knowledge)
+            predicted = one.candidate.predicted or (learnt.predict(assembly) if learnt else {})
             self.judged[assembly] = Judged(stitched, scores, predicted)
             seconds = kept_seconds(self.context.store, stitched, scores, time.perf_counter() - started, watch)
             self._note(one, number, first=first, score=scores.value, seconds=seconds)
@@ -236,7 +236,7 @@ def best_of(searches: Sequence[Search]) -> tuple[Search, Judged] | None:
     donor = max(donors, key=lambda found: _rank(found[1]), default=None)
     others = [(search, one) for search in searches for one in search.fitting(intact=False)]
     for search, one in sorted(others, key=lambda found: _rank(found[1]), reverse=True):
-        if donor is None or _better(one.scores, donor[1].scores):
+        if donor is None or one.scores.beats(donor[1].scores):
             return search, one
     return donor
 
@@ -244,9 +244,3 @@ def best_of(searches: Sequence[Search]) -> tuple[Search, Judged] | None:
 def _rank(one: Judged) -> tuple[float, float]:
     latency = one.measured.ms if one.measured else one.predicted["latency_ms"]
     return one.scores.value, -(latency or 0.0)
-
-
-def _better(challenger: Scores, champion: Scores) -> bool:
-    wins = int((challenger.correct & ~champion.correct).sum())
-    losses = int((champion.correct & ~challenger.correct).sum())
-    return bool(wins - losses > (wins + losses) ** 0.5)
