@@ -131,21 +131,26 @@ def prior_loss(
     `str(BlockRef)`), a stitch the dissimilarity of what it joins, and a step that leaves out equivalence sets their
     share of the network.
     """
-    position, errors, total = embedded.position, _donor_errors(cuts, embedded), _total_macs(cuts)
-    loss = np.zeros(len(graph.edges))
-    for place, edge in enumerate(graph.edges):
-        loss[place] = edge.skipped / graph.sets
-        if edge.target is not None:
-            donor, units = edge.target.donor, cuts.donors[edge.target.donor].units
-            macs = sum(unit.macs for unit in units[edge.target.first : edge.target.last])
-            loss[place] += errors[donor] * macs / total[donor]
-            if edge.target.plain is not edge.target:
-                changed = (distortion or {}).get(str(edge.target), UNKNOWN_DISTORTION)
-                loss[place] += PRECISION_LOSS + DISTORTION_LOSS * changed
-            if edge.stitch is not None and edge.source is not None:
-                rows = position[CutId(edge.source.donor, edge.source.last)], position[CutId(donor, edge.target.first)]
-                loss[place] += STITCH_LOSS + DISSIMILARITY_LOSS * (1 - embedded.alike(*rows))
+    errors, total, own = _donor_errors(cuts, embedded), _total_macs(cuts), np.zeros(len(graph.blocks) + 1)
+    for place, block in enumerate(graph.blocks):
+        macs = sum(unit.macs for unit in cuts.donors[block.donor].units[block.first : block.last])
+        own[place] = errors[block.donor] * macs / total[block.donor]
+        if block.plain is not block:
+            own[place] += PRECISION_LOSS + DISTORTION_LOSS * (distortion or {}).get(str(block), UNKNOWN_DISTORTION)
+    loss: Array = graph.skipped / graph.sets + own[graph.head]
+    stitched = np.flatnonzero(graph.stitch >= 0)
+    loss[stitched] += STITCH_LOSS + DISSIMILARITY_LOSS * (1 - _alike(graph, embedded, stitched))
     return loss
+
+
+def _alike(graph: Layered, embedded: EmbeddedZoo, stitched: Array) -> Array:
+    """Similarity of what each of the `stitched` edges joins."""
+    position = embedded.position
+    given = np.array([position[CutId(block.donor, block.last)] for block in graph.blocks])[graph.tail[stitched]]
+    taken = np.array([position[CutId(block.donor, block.first)] for block in graph.blocks])[graph.head[stitched]]
+    pairs, inverse = np.unique(np.stack([given, taken]), axis=1, return_inverse=True)
+    alike: Array = np.array([embedded.alike(int(one), int(other)) for one, other in pairs.T])
+    return alike[inverse.reshape(-1)]
 
 
 def _total_macs(cuts: CutZoo) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 
 @dataclass(frozen=True, order=True)
@@ -18,7 +19,7 @@ class BlockRef:
     set: int
     precision: str = "fp32"
 
-    @property
+    @cached_property
     def plain(self) -> BlockRef:
         """The same block in float32."""
         return self if self.precision == "fp32" else replace(self, precision="fp32")
