@@ -33,10 +33,11 @@ def build(
 ) -> Layered:
     """The graph of all assemblies of blocks between any cuts, each of which ends deeper in its donor than the last.
 
-    Depth is the share of a donor's multiply-accumulates. Blocks that follow each other in their donor and are computed
-    in one precision are one block here, so that every network is one path; a donor as a whole is its assembly of the
-    partition. The equivalence set of a block is the one that it begins in. For the rest see `layered.build`. Raises
-    DercError where `timed` names no block, UsageError where the graph would be too large.
+    Depth is the share of a donor's multiply-accumulates; no donor goes over its own units again at once. Blocks that
+    follow each other in their donor and are computed in one precision are one block here, so that every network is one
+    path; a donor as a whole is its assembly of the partition. The equivalence set of a block is the one that it begins
+    in. For the rest see `layered.build`. Raises DercError where `timed` names no block, UsageError where the graph
+    would be too large.
     """
     blocks = tuple(variants(_all(cuts, partition), timed))
     if not blocks:
@@ -50,7 +51,8 @@ def build(
     ends, precision = Ends.of(cuts, blocks), np.array([PRECISIONS.index(b.precision) for b in blocks])
     merged = ends.joined & (precision[:, None] == precision[None, :])
     ahead = (ends_at[None, :] > ends_at[:, None]) & inner_end[:, None] & inner_begin[None, :]
-    tail, head = np.nonzero(ahead & ~merged & (ends.joined | ends.legal))
+    again = (ends.donor[:, None] == ends.donor[None, :]) & (ends.first[None, :] < ends.last[:, None])
+    tail, head = np.nonzero(ahead & ~again & ~merged & (ends.joined | ends.legal))
     if len(tail) > MOST_STEPS:
         raise UsageError(
             f"blocks between any cuts of these donors join in {len(tail)} ways, more than {MOST_STEPS}: "

@@ -39,8 +39,8 @@ def legal(problem: Problem, timed: set[str]) -> Iterator[tuple[BlockRef, ...]]:
     def joins(a: BlockRef, b: BlockRef) -> bool:
         if depth[b.donor][b.last] <= depth[a.donor][a.last] or a.last == len(donors[a.donor].units) or b.first == 0:
             return False
-        if a.donor == b.donor and a.last == b.first:
-            return a.precision != b.precision
+        if a.donor == b.donor and b.first <= a.last:
+            return a.last == b.first and a.precision != b.precision
         return stitching.keeps_places(donors[a.donor].cuts[a.last].type, donors[b.donor].cuts[b.first].type)
 
     def grow(prefix: tuple[BlockRef, ...]) -> Iterator[tuple[BlockRef, ...]]:
