@@ -10,6 +10,7 @@ import numpy as np
 
 from derc import bundle, stitching
 from derc.artifacts import Latency, LatencyTable, Partition, Shipped
+from derc.config import BUDGETS, LOWER_BUDGETS
 from derc.engine import parse
 from derc.ir import Op, TensorType
 from derc.outcome import Outcome, accuracies, plan_graph
@@ -36,7 +37,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         },
         "input": {"shape": list(first.type.shape), "range": [0, 1]},
         "emit": outcome.settings.emit,
-        "budget": {n: getattr(outcome.settings, n) for n in ("latency_ms", "params_m", "macs_g", "memory_mb")},
+        "budget": {n: getattr(outcome.settings, n) for n in (*BUDGETS, *LOWER_BUDGETS, "max_blocks")},
         "objective": outcome.settings.objective,
         "selected": _selected(outcome),
         "latency": latency_of(outcome.shipped, _predicted(outcome.chosen, outcome.search.table)),
