@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +189,12 @@ with Builder(Faulty(threads=1), workers=2) as builder:
 def test_the_end_of_the_parent_leaves_no_orphan(model, tmp_path, number, code):
     (tmp_path / "m").write_bytes(asking(model, "hang", tmp_path / "pids"))
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "m")]
-    parent = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[1],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while not (tmp_path / "pids").exists() or len((tmp_path / "pids").read_text().split()) < 2:
         assert parent.poll() is None
         time.sleep(0.05)
