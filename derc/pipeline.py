@@ -95,14 +95,19 @@ class Pass(Protocol[Out]):
 
 @dataclass
 class Timings:
-    """Seconds per pass and whether the store had the answer."""
+    """Seconds per pass and whether the store had the answer; `told` are the passes that the console has named."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     reused: dict[str, bool] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
 
     def add(self, name: str, seconds: float, reused: bool) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.reused[name] = reused and self.reused.get(name, True)
+
+    def lap(self) -> Timings:
+        """A fresh watch for a part of the work, to be included at its end."""
+        return Timings(told=self.told)
 
     def include(self, other: Timings) -> None:
         """Add all of another's."""
@@ -135,7 +140,8 @@ def execute(step: Pass[Out], context: Context, *artifacts: Any, timings: Timings
     found: Out | None = context.store.get(key, step.produces)
     reused = found is not None
     if found is None:
-        if step.name not in timings.seconds:
+        if step.name not in timings.told:
+            timings.told.add(step.name)
             context.console.say(f"{step.name} …")
         with context.console.status(step.name):
             result = step.run(context, *artifacts)

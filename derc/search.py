@@ -137,7 +137,7 @@ class Search:
         reference, learnt = execute(Consult(), self.context, timings=self.timings), None
         for one in self.context.console.track(proposals, "stitch", len(proposals)):
             assembly = one.candidate.assembly
-            started, watch = time.perf_counter(), Timings()
+            started, watch = time.perf_counter(), self.timings.lap()
             plain = execute(FitStitches(), self.context, assembly.plain, timings=watch)
             stitched = replace(plain, assembly=assembly)
             try:

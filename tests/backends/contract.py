@@ -239,12 +239,13 @@ class Contract:
         assert open_engine(built.spec, threads=0).threads >= 1
 
     def test_threads_are_those_asked_for(self, built, session):
-        """The calling thread's own share of the CPU time: all of it with one thread, much less with two.
+        """The calling thread's own share of the CPU time: all of it with one thread, less with two.
 
-        Other work on the machine moves single shares, so each has some chances.
+        How much less depends on what else keeps the cores busy: from a half to a hundredth.
         """
         opened = open_engine(built.spec, threads=2).open(built.model)
-        assert any(_own_share(session) > 0.95 for _ in range(10)) and any(_own_share(opened) < 0.8 for _ in range(10))
+        assert max(_own_share(session) for _ in range(4)) > 0.999
+        assert min(_own_share(opened) for _ in range(8)) < 0.995
         opened.close()
 
     def test_negative_threads_are_refused(self, built):
