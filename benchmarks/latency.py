@@ -12,7 +12,6 @@ the embedded zoo the cost of a table by donors, blocks and what was known before
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.coverage import machine
+from benchmarks.results import give
 from derc import layered, registry
 from derc.artifacts import Assembly, BlockRef, CutZoo, Latency, LatencyTable, Partition
 from derc.console import Console
@@ -309,10 +309,7 @@ def main(quick: bool, engines: str | None, once: bool, output: Path | None) -> N
         "figures": {name: round(value, 4) for name, value in figures(summaries, repeated).items()},
     }
     click.echo("\n" + text(summaries) + "\n" + "\n".join(f"{row}" for row in grown))
-    click.echo(json.dumps(result["figures"], indent=1))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    give(result, output)
 
 
 if __name__ == "__main__":

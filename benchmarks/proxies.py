@@ -35,6 +35,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cifarzoo
 from benchmarks.coverage import machine
+from benchmarks.results import give
 from derc import layered, registry
 from derc.artifacts import Array, Assembly, Consensus, StitchedAssembly
 from derc.assembled import assemble, seeded
@@ -343,10 +344,7 @@ def main(
         "assemblies": rows,
         "figures": figures(found, rows),
     }
-    click.echo(json.dumps(result["figures"], indent=1))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    give(result, output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ benchmarks/published_search.py), and random and evolutionary search. A time that
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -21,6 +20,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import search_loop
 from benchmarks.coverage import machine
+from benchmarks.results import give
 from benchmarks.search_partition import partition_rows, similarity_rows
 from benchmarks.search_selection import selection_rows
 
@@ -100,10 +100,7 @@ def main(quick: bool, parts: str, zoo_dir: Path | None, output: Path | None) -> 
         "rows": rows,
         "figures": {name: float(f"{value:.6g}") for name, value in found.items()},
     }
-    click.echo(json.dumps(result["figures"], indent=1))
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    give(result, output)
 
 
 if __name__ == "__main__":

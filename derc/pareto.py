@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from derc.passes.select import spans
 from derc.report.front import draw
 from derc.summary import command_line
 from derc.sweep import Networks, hypervolume
+from derc.tables import replace_file
 from derc.version import VERSION
 
 SCHEMA = 1
@@ -35,11 +35,10 @@ def write_front(settings: CompileSettings, points: int, output: Path, console: C
     """
     if settings.latency_ms is not None:
         raise UsageError("derc pareto sweeps the latency budget itself: leave --latency-ms out, or use derc compile")
-    if points < 2:
-        raise UsageError(f"--points must be at least 2, not {points}")
+    total = PER_POINT * points if "evaluations" in settings.defaulted else settings.evaluations
+    sweep.check(points, total)
     _check(output)
     prepared = prepare(settings, console)
-    total = PER_POINT * points if "evaluations" in settings.defaulted else settings.evaluations
     found = []
     for number in range(len(prepared.contexts)):
         search = open_search(prepared, settings, prepared.timings, number)
@@ -48,7 +47,7 @@ def write_front(settings: CompileSettings, points: int, output: Path, console: C
     text = table(told)
     contents = (json.dumps(told, indent=1) + "\n", text + "\n", draw(told))
     for name, content in zip(FILES, contents, strict=True):
-        _write(output / name, content)
+        replace_file(output / name, content)
     return told, text
 
 
@@ -98,7 +97,7 @@ def _row(one: Networks, assembly: Assembly) -> dict[str, Any]:
 
 
 def table(told: dict[str, Any]) -> str:
-    """The front, fastest first, with the budget that `derc compile` needs to find each network."""
+    """The front, fastest first, and what assemblies add to it."""
     lines = [f"{'latency ms':>10}  {'interval':<17}  {'':<9}  {told['score'].split()[0]:>10}  {'M params':>8}  network"]
     for row in told["networks"]:
         if row["front"]:
@@ -126,12 +125,3 @@ def _check(output: Path) -> None:
         Path(tempfile.mkdtemp(dir=output)).rmdir()
     except OSError as error:
         raise UsageError(f"the front cannot be written to {output}: {error.strerror}") from error
-
-
-def _write(path: Path, content: str) -> None:
-    """Write a file in one step."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(content)
-    Path(name).chmod(0o644)
-    Path(name).replace(path)

@@ -125,11 +125,11 @@ def _foreseen(search: Search, chosen: Judged, emitted: Emitted) -> Shipped:
     parity = compare(module, plain, plain, coarsest(emitted.precisions))
     check(parity)
     anchor = min(table.donors.values(), key=lambda latency: latency.ms)
-    return Shipped(np.zeros(0, np.uint8), parity, _latency(search, chosen), anchor, table.noise, {})
+    return Shipped(np.zeros(0, np.uint8), parity, latency_of(search, chosen), anchor, table.noise, {})
 
 
-def _latency(search: Search, chosen: Judged) -> Latency:
-    """The recorded latency of an intact donor, else the predicted one with what the margin says of it."""
+def latency_of(search: Search, chosen: Judged) -> Latency:
+    """What is known of the whole network's latency, else the predicted one with what the margin says of it."""
     if chosen.measured is not None:
         return chosen.measured
     ms, margin = chosen.predicted["latency_ms"] or 0.0, margin_of(search.table)

@@ -12,8 +12,8 @@ from derc import deployed
 from derc.artifacts import Array, Assembly, Latency
 from derc.errors import DercError, InfeasibleError, UsageError
 from derc.measure import MeasureOptions, measure
-from derc.search import Judged, Search
-from derc.shipping import margin_of
+from derc.search import Search
+from derc.shipping import latency_of
 
 LOOKS = 4
 """How often what a measurement has brought to the front is measured in turn."""
@@ -21,39 +21,41 @@ LOOKS = 4
 
 @dataclass(frozen=True)
 class Networks:
-    """Everything that a sweep evaluated on one engine; `front` are the assemblies that no other one dominates."""
+    """Everything that a sweep evaluated on one engine, and the budgets that it went through."""
 
     search: Search
     budgets: tuple[float, ...]
-    front: tuple[Assembly, ...]
 
     def latency(self, assembly: Assembly) -> Latency:
         """What is known of a network's latency; its provenance says how."""
-        return latency(self.search, self.search.judged[assembly])
+        return latency_of(self.search, self.search.judged[assembly])
+
+
+def check(points: int, evaluations: int) -> None:
+    """Raise UsageError for fewer than two points or evaluations than points."""
+    if points < 2:
+        raise UsageError(f"--points must be at least 2, not {points}")
+    if evaluations < points:
+        raise UsageError(f"--evaluations {evaluations} is less than one for each of {points} points: give more")
 
 
 def sweep(search: Search, points: int, evaluations: int, measure_s: float) -> Networks:
     """Search within `points` budgets from the fastest donor's latency to the slowest's, `evaluations` more at each.
 
     What one budget has taught serves the next. Where the device is here, every network of the front is measured whole.
-    Raises UsageError for fewer than two points or evaluations than points.
     """
-    if points < 2:
-        raise UsageError(f"--points must be at least 2, not {points}")
-    if evaluations < points:
-        raise UsageError(f"--evaluations {evaluations} is less than one for each of {points} points: give more")
     budgets = grid(search, points)
     for place, budget in enumerate(budgets):
         search.select = replace(search.select, latency_ms=budget)
         search.evaluations = search.spent + evaluations // points + (place < evaluations % points)
         with suppress(InfeasibleError):  # margins may leave nothing below the fastest donor
-            _explore(search, first=place == 0)
+            search.spend() if place else search.run()
     for _ in range(LOOKS if search.context.target.present else 0):
         best = front(search)
-        if all(latency(search, search.judged[a]).provenance == "measured" for a in best):
+        if all(latency_of(search, search.judged[a]).provenance == "measured" for a in best):
             break
         _measure(search, best, measure_s)
-    return Networks(search, budgets, front(search))
+    return Networks(search, budgets)
 
 
 def grid(search: Search, points: int) -> tuple[float, ...]:
@@ -65,34 +67,19 @@ def grid(search: Search, points: int) -> tuple[float, ...]:
     return tuple(float(f"{budget:.6g}") for budget in np.geomspace(low, max(high, low), points))
 
 
-def _explore(search: Search, *, first: bool) -> None:
-    if first:
-        search.run()
-        return
-    search.spend()
-
-
 def front(search: Search) -> tuple[Assembly, ...]:
     """The evaluated networks that no other one is at least as fast and as good as, fastest first.
 
     Among equals in both the intact donor stays, then the one evaluated first.
     """
     judged = search.judged
-    order = sorted(judged, key=lambda a: (latency(search, judged[a]).ms, -judged[a].scores.value, not a.intact))
+    order = sorted(judged, key=lambda a: (latency_of(search, judged[a]).ms, -judged[a].scores.value, not a.intact))
     kept, best = list[Assembly](), -np.inf
     for assembly in order:
         if judged[assembly].scores.value > best:
             kept.append(assembly)
             best = judged[assembly].scores.value
     return tuple(kept)
-
-
-def latency(search: Search, one: Judged) -> Latency:
-    """The whole network's latency where it is known, else the predicted one with the margin of such predictions."""
-    if one.measured is not None:
-        return one.measured
-    ms, margin = one.predicted["latency_ms"] or 0.0, margin_of(search.table)
-    return Latency(ms, ms * (1 - margin), ms / (1 - margin), "predicted", 0, stable=False)
 
 
 def _measure(search: Search, assemblies: Sequence[Assembly], limit_s: float) -> None:

@@ -109,18 +109,6 @@ class Select:
             graph = layered.build(cuts, partition, self.heads, one_per_set=one, timed=timed, weights=weights)
         return learn(graph, cuts, embedded, table, knowledge)
 
-    def predict(
-        self,
-        assembly: Assembly,
-        cuts: CutZoo,
-        embedded: EmbeddedZoo,
-        partition: Partition,
-        table: LatencyTable | None,
-        knowledge: Knowledge,
-    ) -> dict[str, float | None]:
-        """`latency_ms` (None without a table), `params`, `macs` and `memory_mb` of one assembly."""
-        return self.learn(cuts, embedded, partition, table, knowledge).predict(assembly)
-
     def large_enough(self, assembly: Assembly, predicted: Mapping[str, float | None]) -> bool:
         """Whether an assembly of these `predicted` amounts keeps to the lower limits and is of few enough pieces."""
         if self.max_blocks is not None and 1 + sum(assembly.stitched) > self.max_blocks:

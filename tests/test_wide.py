@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,6 +11,7 @@ from derc import narrowing
 from derc.dag import Limits
 from derc.errors import DercError
 from derc.narrowing import cheapest_wide
+from tests.threads import on_one_and_two
 from tests.wides import brute_force, random_wide, totals, two_sided
 
 
@@ -113,14 +110,5 @@ def test_one_thread_and_two_give_the_same():
         "f = cheapest_wide(w, two_sided(w, 0.8, 0.95), 50)\n"
         "print(f.status, f.candidates.tolist(), f.costs.tolist())"
     )
-    answers = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
-        ).stdout
-        for threads in "12"
-    }
+    answers = on_one_and_two(program)
     assert len(answers) == 1 and answers.pop().startswith("certified")

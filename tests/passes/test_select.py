@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,6 +22,7 @@ from derc.passes.select import LOWER, Select, select, spans
 from derc.selection_program import PathProgram
 from derc.selection_search import best
 from tests.layers import Problem, amounts, fits, paths, random_knowledge, random_problem
+from tests.threads import on_one_and_two
 from tests.zoos import latency
 
 RESOURCES = ("latency_ms", "params_m", "macs_g", "memory_mb")
@@ -269,10 +267,8 @@ def test_a_zoo_of_one_donor_selects_itself_and_the_pass_runs_from_a_context() ->
     found = step.run(context, problem.cuts, problem.embedded, problem.partition, problem.table, Knowledge())
     assert found.candidates[0].assembly == problem.intact("d0")
     assert found.solver == step.inputs(context) == "highs"
-    predicted = step.predict(
-        problem.intact("d0"), problem.cuts, problem.embedded, problem.partition, problem.table, Knowledge()
-    )
-    assert predicted == found.candidates[0].predicted
+    learnt = step.learn(problem.cuts, problem.embedded, problem.partition, problem.table, Knowledge())
+    assert learnt.predict(problem.intact("d0")) == found.candidates[0].predicted
 
 
 def test_where_the_blocks_that_were_built_meet_in_no_path_that_is_said() -> None:
@@ -410,14 +406,5 @@ def test_one_thread_and_two_select_the_same() -> None:
         "p = random_problem(3, (8,) * 10, blocks=4, lower=('int8',)); o = Select(params_m=0.02, top=12)\n"
         "print(select(p.learn(o), o, Exact(Highs())))"
     )
-    answers = {
-        subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
-        ).stdout
-        for threads in "12"
-    }
+    answers = on_one_and_two(program)
     assert len(answers) == 1 and "optimal" in answers.pop()
