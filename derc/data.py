@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,8 @@ class Split:
 class Data:
     """A data set; `classes` are the class names in label order, None without labels.
 
-    Only the final report may read `heldout`.
+    Only the final report may read `heldout`. `more` reads up to so many images beyond the three splits, None where the
+    data set has no others.
     """
 
     name: str
@@ -66,6 +67,12 @@ class Data:
     probe: Split
     validation: Split
     heldout: Split
+    more: Callable[[int], Split] | None = field(default=None, compare=False, repr=False)
+
+    def training(self, count: int) -> Split:
+        """At most `count` images to train on: the probes, then those beyond the splits, which are read now."""
+        wanted = count - len(self.probe)
+        return _joined(self.probe, self.more(wanted)) if wanted > 0 and self.more else _first(self.probe, count)
 
     def digest(self) -> str:
         """SHA-256 of what a compile may depend on: classes, probe and validation."""
@@ -93,13 +100,15 @@ class Data:
         if spec == "digits":
             classes, parts = digits_splits()
             splits = [Split(resize(images, input_size), labels) for images, labels in parts]
-            return cls("digits", classes, _first(splits[0], probe), splits[1], splits[2])
+            return cls("digits", classes, _first(splits[0], probe), splits[1], splits[2], _digits_left(input_size))
         source = _source(spec, input_size, track)
         shares = split_indices(source.labels, source.count, probe, seed)
         if len(shares[0]) < LEAST_PROBES:
             raise UsageError(f"{spec} has {source.count} images, at least {2 * LEAST_PROBES} are needed to split them")
-        made = [Split(source.read(share), None if source.labels is None else source.labels[share]) for share in shares]
-        return cls(spec, source.classes, *made)
+        rest = rest_indices(source.labels, source.count, probe, seed)
+        more = cache(lambda count: _read(source, rest[:count])) if len(rest) else None
+        first, second, third = (_read(source, share) for share in shares)
+        return cls(spec, source.classes, first, second, third, more)
 
     def task_donors(self, zoo: Zoo) -> tuple[str, ...]:
         """Names of the donors whose head answers this data set's question.
@@ -152,6 +161,13 @@ def split_indices(labels: Array | None, count: int, probe: int, seed: int) -> tu
     return order[:first], rest[:half][:LARGEST_SPLIT], rest[half:][:LARGEST_SPLIT]
 
 
+def rest_indices(labels: Array | None, count: int, probe: int, seed: int) -> Array:
+    """The images that `split_indices` leaves over, in an order that keeps the classes' shares."""
+    order = _interleaved(labels, count, np.random.default_rng(seed))
+    taken = np.concatenate(split_indices(labels, count, probe, seed))
+    return order[~np.isin(order, taken)]
+
+
 def _interleaved(labels: Array | None, count: int, rng: np.random.Generator) -> Array:
     """A shuffled order whose every run of images has the classes in about the data set's shares."""
     order = rng.permutation(count)
@@ -167,6 +183,27 @@ def _interleaved(labels: Array | None, count: int, rng: np.random.Generator) -> 
 
 def _first(split: Split, count: int) -> Split:
     return Split(split.images[:count], None if split.labels is None else split.labels[:count])
+
+
+def _joined(one: Split, other: Split) -> Split:
+    labels = None if one.labels is None or other.labels is None else np.concatenate([one.labels, other.labels])
+    return Split(np.concatenate([one.images, other.images]), labels)
+
+
+def _read(source: Source, indices: Array) -> Split:
+    return Split(source.read(indices), None if source.labels is None else source.labels[indices])
+
+
+def _digits_left(size: tuple[int, int, int]) -> Callable[[int], Split]:
+    """The training split of the embedded digits, which no other split shares images with."""
+
+    def read(count: int) -> Split:
+        from derc.digits import load_split
+
+        images, labels = load_split("train")
+        return Split(resize(images[:count], size), labels[:count])
+
+    return read
 
 
 def _source(spec: str, input_size: tuple[int, int, int], track: Track) -> Source:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from derc.data import Data, label_map, split_indices
+from derc.data import Data, label_map, rest_indices, split_indices
 from derc.donor import Donor
 from derc.errors import UsageError
 from derc.zoo import Zoo
@@ -66,6 +66,34 @@ def test_splits_are_disjoint_cover_and_keep_the_classes_shares(count, probe, see
         for label in range(kinds):
             expected = (labels == label).mean() * len(parts[0])
             assert abs((labels[parts[0]] == label).sum() - expected) <= 2
+
+
+@given(count=st.integers(16, 9000), probe=st.integers(8, 512), seed=st.integers(0, 9), kinds=st.integers(0, 5))
+def test_what_the_splits_leave_over_is_all_the_rest(count, probe, seed, kinds):
+    labels = np.random.default_rng(seed).integers(0, kinds, count) if kinds else None
+    splits, rest = split_indices(labels, count, probe, seed), rest_indices(labels, count, probe, seed)
+    assert np.array_equal(np.sort(np.concatenate([*splits, rest])), np.arange(count))
+
+
+def test_training_images_are_the_probes_and_the_rest_and_never_others(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (4300, 16, 16, 3), dtype=np.uint8), rng.integers(0, 3, 4300)
+    np.savez(tmp_path / "many.npz", x=x, y=y)
+    data = Data.load(f"npz:{tmp_path / 'many.npz'}", input_size=SIZE, probe=100)
+    every = data.training(10**6)
+    assert len(every) == len(as_set(every)) == 300
+    assert not as_set(every) & (as_set(data.validation) | as_set(data.heldout))
+    label = {image.tobytes(): kind for image, kind in zip(x, y, strict=True)}
+    assert every.labels is not None and [label[i.tobytes()] for i in every.images] == list(every.labels)
+    assert np.array_equal(data.training(150).images, every.images[:150])
+    assert np.array_equal(data.training(40).images, data.probe.images[:40])
+
+
+def test_digits_have_images_beyond_their_splits():
+    data = Data.load("digits", probe=64)
+    every = data.training(5000)
+    assert len(every) == 64 + 900
+    assert not as_set(every) & (as_set(data.validation) | as_set(data.heldout))
 
 
 def test_folder_of_classes(tmp_path):
