@@ -1,0 +1,65 @@
+"""What of a network trains: everything, what derc added, or the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from derc.errors import UsageError, suggest
+
+FREEZE = ("none", "blocks", "all-but-head")
+Trains = Callable[[str], bool]
+"""Whether the module or parameter of this path in a network trains."""
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """`none` trains everything, `blocks` what lies outside `block0`, `block1` …, `all-but-head` what is under `head`.
+
+    The names are those of an emitted model.py; `head` is its HEAD, None where it has none.
+    """
+
+    kind: str = "none"
+    head: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in FREEZE:
+            known = ", ".join(FREEZE)
+            raise UsageError(f"--freeze {self.kind!r} is unknown, known: {known}{suggest(self.kind, FREEZE)}")
+        if self.kind == "all-but-head" and self.head is None:
+            raise UsageError("this network does not end in a linear layer, so --freeze all-but-head leaves nothing")
+
+    def __call__(self, path: str) -> bool:
+        if self.kind == "blocks":
+            return not path.startswith("block")
+        if self.kind == "all-but-head":
+            return path == self.head or path.startswith(f"{self.head}.")
+        return True
+
+
+def everything(_: str) -> bool:
+    """Every module and parameter trains."""
+    return True
+
+
+def prepare(network: nn.Module, trains: Trains) -> list[nn.Parameter]:
+    """Let only what `trains` require gradients; returns those parameters, raises UsageError where there are none."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(trains(name) and parameter.is_floating_point())
+    found = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not found:
+        raise UsageError(
+            "nothing is left to train: this network has no stitch, stem or head of derc's own; "
+            "give --freeze all-but-head or none"
+        )
+    return found
+
+
+def to_train(network: nn.Module, trains: Trains, norms: str) -> None:
+    """Training mode for what trains, eval mode for the rest, and for every batch norm where `norms` is fixed."""
+    for name, module in network.named_modules():
+        fixed = norms == "fixed" and isinstance(module, _BatchNorm)
+        module.training = trains(name) and not fixed
