@@ -88,7 +88,7 @@ class Data:
         seed: int = 0,
         track: Track = lambda items, _label, _total: items,
     ) -> Data:
-        """The data set `digits`, ``folder:PATH`` or ``npz:PATH`` as images of `input_size` (C, H, W).
+        """The data set `digits`, ``folder:``, ``npz:`` or ``hf:PATH`` as images of `input_size` (C, H, W).
 
         At most `probe` probe images, `LARGEST_SPLIT` others per split; `seed` shuffles all but digits, whose splits
         are fixed. Raises UsageError for what cannot be read and for fewer than 8 probe images.
@@ -212,5 +212,9 @@ def _source(spec: str, input_size: tuple[int, int, int], track: Track) -> Source
         return folder_source(Path(path).expanduser(), input_size, track)
     if separator and path and kind == "npz":
         return npz_source(Path(path).expanduser(), input_size)
-    hint = suggest(kind, ("digits", "folder", "npz"))
-    raise UsageError(f"unknown data {spec!r}: give digits, folder:PATH or npz:PATH{hint}")
+    if separator and path and kind == "hf":
+        from derc.hfdata import hf_source
+
+        return hf_source(Path(path).expanduser(), input_size)
+    hint = suggest(kind, ("digits", "folder", "npz", "hf"))
+    raise UsageError(f"unknown data {spec!r}: give digits, folder:PATH, npz:PATH or hf:PATH{hint}")

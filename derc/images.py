@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
 
 from derc.artifacts import Array
 from derc.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 Size = tuple[int, int, int]
@@ -68,17 +72,24 @@ def _images_in(folder: Path, *, deep: bool) -> list[Path]:
 
 
 def _decode(file: Path, size: Size) -> Array:
-    """One image: the shorter side resized to match, then the centre."""
+    """One file's image; raises UsageError where it is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as opened:
+            return fitted(opened, size)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"image {file} cannot be read ({error}): replace or remove it") from error
+
+
+def fitted(opened: Image.Image, size: Size) -> Array:
+    """A PIL image as uint8 (H, W, C) of `size` (C, H, W): the shorter side resized to match, then the centre."""
     from PIL import Image, ImageOps
 
     channels, height, width = size
-    try:
-        with Image.open(file) as opened:
-            image = opened.convert("RGB" if channels == 3 else "L")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"image {file} cannot be read ({error}): replace or remove it") from error
-    fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(fitted, dtype=np.uint8).reshape(height, width, channels)
+    image = opened.convert("RGB" if channels == 3 else "L")
+    made = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(made, dtype=np.uint8).reshape(height, width, channels)
 
 
 def npz_source(path: Path, size: Size) -> Source:
@@ -86,22 +97,30 @@ def npz_source(path: Path, size: Size) -> Source:
 
     Raises UsageError that says which array is wrong; pickled arrays are never loaded.
     """
-    arrays = _read_npz(path)
-    if "x" not in arrays:
-        raise UsageError(f"{path} has no array x, only {', '.join(sorted(arrays)) or 'nothing'}: name the images x")
-    x = arrays["x"]
+    return array_source(read_npz(path), path, size)
+
+
+def array_source(arrays: dict[str, Array], path: Path, size: Size, part: str = "") -> Source:
+    """The arrays `x` and `y` of an npz file, or those of a part of it, such as `x_train` and `y_train`."""
+    name, labelled = f"x{part}", f"y{part}"
+    if name not in arrays:
+        raise UsageError(
+            f"{path} has no array {name}, only {', '.join(sorted(arrays)) or 'nothing'}: name the images x"
+        )
+    x = arrays[name]
     if x.ndim != 4 or x.dtype != np.uint8:
-        raise UsageError(f"{path}: x must be uint8 of shape (N, H, W, C), it is {x.dtype} of shape {x.shape}")
+        raise UsageError(f"{path}: {name} must be uint8 of shape (N, H, W, C), it is {x.dtype} of shape {x.shape}")
     if 0 in x.shape:
-        raise UsageError(f"{path}: x has no images, its shape is {x.shape}")
+        raise UsageError(f"{path}: {name} has no images, its shape is {x.shape}")
     if x.shape[3] not in (1, size[0]):
-        raise UsageError(f"{path}: x has {x.shape[3]} channels, and the networks want {size[0]}")
-    labels = _npz_labels(arrays.get("y"), len(x), path)
+        raise UsageError(f"{path}: {name} has {x.shape[3]} channels, and the networks want {size[0]}")
+    labels = _npz_labels(arrays.get(labelled), len(x), path, labelled)
     classes = None if labels is None else tuple(str(index) for index in range(int(labels.max()) + 1))
     return Source(len(x), classes, labels, lambda indices: resize(x[indices], size))
 
 
-def _read_npz(path: Path) -> dict[str, Array]:
+def read_npz(path: Path) -> dict[str, Array]:
+    """The arrays of an npz file by name; pickled ones are refused."""
     if not path.is_file():
         raise UsageError(f"data file {path} does not exist or is not a file")
     try:
@@ -116,12 +135,14 @@ def _read_npz(path: Path) -> dict[str, Array]:
         raise UsageError(f"{path} {reason}: save plain arrays x and y with numpy.savez") from error
 
 
-def _npz_labels(y: Array | None, count: int, path: Path) -> Array | None:
+def _npz_labels(y: Array | None, count: int, path: Path, name: str) -> Array | None:
     if y is None:
         return None
+    if y.shape == (count, 1):
+        y = y[:, 0]
     if y.shape != (count,) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
         raise UsageError(
-            f"{path}: y must be {count} class indices from 0 as integers, it is {y.dtype} of shape {y.shape}"
+            f"{path}: {name} must be {count} class indices from 0 as integers, it is {y.dtype} of shape {y.shape}"
         )
     return y.astype(np.int64)
 
