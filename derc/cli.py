@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from derc import __version__
+from derc.cli_finetune import finetune
 from derc.cli_targets import targets
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ SOURCES: tuple[Function, ...] = (
     click.option("--checkpoint", type=click.Path(), help="Weights for --zoo timm:NAME."),
     click.option("--offline", is_flag=True, default=None, help="Published weights from the local hub caches alone."),
     click.option("--input-size", help="Size that all donors are brought to: 224, HxW or CxHxW."),
-    click.option("--data", help="digits, folder:PATH or npz:PATH."),
+    click.option("--data", help="digits, folder:PATH, npz:PATH or hf:PATH."),
     click.option("--probe", type=int, help="Number of probe images."),
     click.option("--seed", type=int, help="Seed of every random choice."),
 )
@@ -297,6 +298,7 @@ def cache_gc(older_than_days: float | None, max_mb: float | None, everything: bo
     click.echo(f"removed {count} entries, {freed / 1e6:.1f} MB")
 
 
+cli.add_command(finetune)
 cli.add_command(targets)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from derc import bundle, enginelock, registry
-from derc.artifacts import Shipped
+from derc.artifacts import Array, Shipped
 from derc.building import Builder
 from derc.console import Console
 from derc.disturbances import check_quiet
@@ -27,27 +27,42 @@ from derc.passes.package import UNREFERENCED, Package, check, coarsest, compare,
 from derc.summary import served, write_network
 from derc.tables import sample_lines
 from derc.target import Target
+from derc.workspace import STAND_IN
 
 OURS = ("engine", "engine.lock", "report")
 """Stems of the files that a build writes anew."""
 
 
-def build_bundle(folder: Path, limit_s: float, console: Console) -> dict[str, Any]:
+def aimed_at(manifest: dict[str, Any]) -> Target:
+    """The target that a bundle was compiled for, with its threads and batch size."""
+    described, batch = manifest["target"]["engine"], int(manifest["target"]["batch"])
+    named = manifest["target"].get("file") or manifest["target"]["name"]
+    return Target.load(named, threads=int(described.get("threads", 0)), batch=batch)
+
+
+def opened(manifest: dict[str, Any], *, present: bool = True) -> Engine:
+    """A bundle's engine, or, where its device is not `present`, the one that stands in for it."""
+    described = manifest["target"]["engine"]
+    if not present:
+        return registry.open_engine(STAND_IN)
+    spec = ":".join(filter(None, (described["engine"], described.get("variant"))))
+    return registry.open_engine(spec, int(described.get("threads", 0)))
+
+
+def build_bundle(folder: Path, limit_s: float, console: Console, images: Array | None = None) -> dict[str, Any]:
     """Build the engine of the bundle at `folder` on this machine, and put the completed bundle in its place.
 
+    It is verified on `images` (n, C, H, W) in [0, 1], or on random ones.
     Raises IntegrityError for what is no bundle, MissingDependencyError where this machine is not its target or lacks
     the engine, ParityError where the engine computes something else, UnstableError with the interval where its latency
     does not settle beside the budget; OverBudgetError after the bundle was completed, where it is too slow here.
     """
     manifest = bundle.verify(folder)
-    described, batch = manifest["target"]["engine"], int(manifest["target"]["batch"])
-    named = manifest["target"].get("file") or manifest["target"]["name"]
-    target = Target.load(named, threads=int(described.get("threads", 0)), batch=batch)
+    target = aimed_at(manifest)
     target.require()
-    spec = ":".join(filter(None, (described["engine"], described.get("variant"))))
-    engine = registry.open_engine(spec, int(described.get("threads", 0)))
+    engine = opened(manifest)
     check_quiet(target, console.say)
-    shipped = _built(folder, manifest, engine, limit_s, console)
+    shipped = _built(folder, manifest, engine, limit_s, console, images)
     budget, latency = (manifest.get("budget") or {}).get("latency_ms"), shipped.latency
     if budget is not None and not latency.stable and latency.low_ms <= budget < latency.high_ms:
         raise UnstableError(
@@ -65,8 +80,10 @@ def build_bundle(folder: Path, limit_s: float, console: Console) -> dict[str, An
     return result
 
 
-def _built(folder: Path, manifest: dict[str, Any], engine: Engine, limit_s: float, console: Console) -> Shipped:
-    """The engine, what was verified of it on random images, and its latency."""
+def _built(
+    folder: Path, manifest: dict[str, Any], engine: Engine, limit_s: float, console: Console, images: Array | None
+) -> Shipped:
+    """The engine, what was verified of it, and its latency."""
     model = (folder / "model.onnx").read_bytes()
     with tempfile.TemporaryDirectory() as scratch, Builder(engine) as builder:
         path = Path(scratch, f"engine{engine.suffix}")
@@ -74,7 +91,7 @@ def _built(folder: Path, manifest: dict[str, Any], engine: Engine, limit_s: floa
             builder.build(model, path, "the network")
         session = engine.load(path)
         try:
-            parity = _parity(folder, manifest, engine, session, model)
+            parity = _parity(folder, manifest, engine, session, model, images)
             options = MeasureOptions(limit_s=limit_s)
             measured = measure({"network": session.time}, options, track=console.track)
             placement = session.placement()
@@ -93,13 +110,15 @@ def _built(folder: Path, manifest: dict[str, Any], engine: Engine, limit_s: floa
         )
 
 
-def _parity(folder: Path, manifest: dict[str, Any], engine: Engine, session: Session, model: bytes) -> Any:
+def _parity(
+    folder: Path, manifest: dict[str, Any], engine: Engine, session: Session, model: bytes, images: Array | None
+) -> Any:
     """Module, ONNX and engine held against each other; raises ParityError."""
     used = used_in(manifest)
     precision, batch = coarsest((engine.precisions[0], *used)), int(manifest["target"]["batch"])
-    count = Package().images if precision == "fp32" else Package().more_images
-    shape = (count, *manifest["input"]["shape"])
-    images = np.random.default_rng(0).random(shape, dtype=np.float32)
+    if images is None:
+        count = Package().images if precision == "fp32" else Package().more_images
+        images = np.random.default_rng(0).random((count, *manifest["input"]["shape"]), dtype=np.float32)
     plain = None if set(used) & set(UNREFERENCED) else plain_run(model, batch, images)
     module = outputs(bundle.load(folder), torch.from_numpy(images))
     parity = compare(module, plain, run_all(session, images, batch), precision)

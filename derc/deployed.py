@@ -48,20 +48,20 @@ def model_of(context: Context, stitched: StitchedAssembly) -> bytes:
 
 
 def _joined(context: Context, stitched: StitchedAssembly) -> bytes:
-    network = assemble(stitched.assembly, context.lowered, stitched.states)
+    network = assemble(stitched.assembly, context.lowered, stitched.states, stitched.head)
     every = parts(stitched.assembly, context.lowered)
-    models = _exported(context, every, network)
+    models = _exported(context, every, network, {every[-1].name} if stitched.head is not None else set())
     for place, samples in _flows(context, every, network):
         block = every[place].spec
         if isinstance(block, BlockRef):
             models[place] = context.engine.rewrite(models[place], block.precision, samples)
-    return exporting.join(_same_opset(models))
+    return exporting.join(same_opset(models))
 
 
-def _exported(context: Context, every: tuple[Part, ...], network: Assembled) -> list[bytes]:
-    """Each part in float32: blocks sliced out of their donors' exports, what derc adds out of one of its own."""
+def _exported(context: Context, every: tuple[Part, ...], network: Assembled, changed: set[str]) -> list[bytes]:
+    """Each part in float32: blocks sliced out of their donors' exports, what derc adds or `changed` out of one of its own."""
     batch = context.target.batch
-    added = {part.name: module for part, module in zip(every, network.parts, strict=True) if part.kind != "block"}
+    added = {part.name: module for part, module in zip(every, network.parts, strict=True) if _own(part, changed)}
     slicers = {name: exporting.Slicer(donor_model(context, name)) for name in _donors(every)}
     if added:
         examples = tuple(example(part.source, batch) for part in every if part.name in added)
@@ -70,10 +70,15 @@ def _exported(context: Context, every: tuple[Part, ...], network: Assembled) -> 
         slicers[""] = exporting.Slicer(both)
     return [
         slicers[part.spec.donor].slice((f"cut_{part.spec.first}",), (f"cut_{part.spec.last}",))
-        if isinstance(part.spec, BlockRef)
+        if isinstance(part.spec, BlockRef) and part.name not in added
         else slicers[""].slice((f"in {part.name}",), (f"out {part.name}",))
         for part in every
     ]
+
+
+def _own(part: Part, changed: set[str]) -> bool:
+    """Whether a part is in no donor as it is."""
+    return part.kind != "block" or part.name in changed
 
 
 def _donors(every: tuple[Part, ...]) -> list[str]:
@@ -105,7 +110,7 @@ def batches(images: Array, size: int) -> list[Array]:
     return found
 
 
-def _same_opset(models: list[bytes]) -> list[bytes]:
+def same_opset(models: list[bytes]) -> list[bytes]:
     """The models, all in the newest operator set that one of them uses; a lower precision may need a newer one."""
     protos = [onnx.load_from_string(model) for model in models]
     used = [next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")) for proto in protos]

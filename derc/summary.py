@@ -59,12 +59,23 @@ def told(manifest: dict[str, Any]) -> list[str]:
     if accuracy.get("heldout") is not None:
         best = accuracy.get("best_intact_within_budget")
         beside = f"; best intact donor within the budget: {best['donor']} {best['heldout']:.4f}" if best else ""
-        lines.append(f"accuracy  {accuracy['heldout']:.4f} held-out, no training{beside}")
+        lines.append(f"accuracy  {accuracy['heldout']:.4f} held-out, {_training_text(manifest)}{beside}")
     folder = Path(manifest["artifacts"]["manifest.json"]).parent
     lines.append(f"bundle    {folder}")
     if manifest["status"] == "unmeasured":
         lines.append(f"not measured: on {manifest['target']['name']}, run derc build {folder}")
     return lines
+
+
+def _training_text(manifest: dict[str, Any]) -> str:
+    """What training the network has seen."""
+    tuned = manifest.get("finetune")
+    if not tuned:
+        return "no training"
+    before = f"before {tuned['accuracy']['heldout']['before']:.4f}"
+    if tuned["kept"] == "before":
+        return f"{before}: training made it no better on the validation images, so its weights are the parent's"
+    return f"{before}, {tuned['images']} images in {tuned['seconds']:.0f} s"
 
 
 def _latency_text(manifest: dict[str, Any]) -> str:
