@@ -24,12 +24,12 @@ from derc.finetuned import Finetuned, publish
 from derc.threads import resolve
 from derc.training import TrainOptions, train
 from derc.training.checkpoint import Work
-from derc.training.data import TrainingData, load
-from derc.training.freeze import Freeze
+from derc.training.data import TrainingData, load, some
+from derc.training.freeze import Freeze, last_layer
 from derc.training.logs import Log
 from derc.training.options import flag
 from derc.training.score import accuracy
-from derc.training.teacher import some, teacher_of
+from derc.training.teacher import teacher_of
 from derc.training.trainer import Trained
 from derc.zoo import Zoo
 
@@ -181,6 +181,7 @@ def _identity(asked: Finetune, manifest: dict[str, Any], data: TrainingData) -> 
     return {"parent": manifest["seal"], "data": data.digest(), **_record(asked, data)["data"], **options} | {
         "freeze": asked.freeze,
         "teacher": asked.teacher,
+        "zoo": asked.zoo,
     }
 
 
@@ -221,7 +222,8 @@ def open_student(folder: Path, manifest: dict[str, Any]) -> Student:
     try:
         with imported(folder / "model.py") as module:
             network: nn.Module = module.build(weights=folder / "weights.safetensors")
-            return Student(network, module.HEAD, _labels(manifest))
+            head = last_layer(network, torch.zeros(1, *manifest["input"]["shape"]))
+            return Student(network, head, _labels(manifest))
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"the network in {folder} needs the package {error.name}, which is not here: install it, or put it on the "
@@ -234,8 +236,9 @@ def open_student(folder: Path, manifest: dict[str, Any]) -> Student:
 
 def _labels(manifest: dict[str, Any]) -> tuple[str, ...] | None:
     """The names of the network's outputs: as the manifest has them, or those of the donor that it ends with."""
-    if manifest.get("classes"):
-        return tuple(manifest["classes"])
+    fitted = manifest.get("head") or {}
+    if manifest.get("classes") or fitted.get("network"):
+        return tuple(manifest.get("classes") or fitted["classes"])
     if "head" in manifest["selected"]:
         return None
     try:

@@ -168,13 +168,18 @@ def _hf(path: Path, size: Size) -> Parts:
 def _classes(parts: Parts, spec: str) -> tuple[str, ...]:
     """The classes that all parts share; raises UsageError, naming both, where they differ."""
     every = {name: classes for name, (_, classes) in parts.items()}
-    longest = max(every.values(), key=len)
-    numbered = all(classes == tuple(map(str, range(len(classes)))) for classes in every.values())
+    if all(classes == tuple(map(str, range(len(classes)))) for classes in every.values()):
+        return max(every.values(), key=len)
+    known = every.get("train", next(iter(every.values())))
     for name, classes in every.items():
-        if classes != longest and not numbered:
-            odd = sorted(set(classes) ^ set(longest))
-            raise UsageError(f"{spec}: the parts {', '.join(every)} differ in the classes {', '.join(odd)} ({name})")
-    return longest
+        if classes != known:
+            raise UsageError(f"{spec}: its part {name} has the classes {some(classes)}, and train has {some(known)}")
+    return known
+
+
+def some(names: tuple[str, ...]) -> str:
+    """The first names, and how many there are."""
+    return f"{', '.join(names[:5])}, … ({len(names)})" if len(names) > 6 else ", ".join(names)
 
 
 def _divided(parts: dict[str, Examples], spec: str, seed: int) -> tuple[Examples, Examples, Examples]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from derc.errors import UsageError, suggest
+from derc.mode import in_eval
 
 FREEZE = ("none", "blocks", "all-but-head")
 Trains = Callable[[str], bool]
@@ -19,7 +21,7 @@ Trains = Callable[[str], bool]
 class Freeze:
     """`none` trains everything, `blocks` what lies outside `block0`, `block1` …, `all-but-head` what is under `head`.
 
-    The names are those of an emitted model.py; `head` is its HEAD, None where it has none.
+    The names are those of an emitted model.py; `head` is its last layer, None where there is none.
     """
 
     kind: str = "none"
@@ -38,6 +40,24 @@ class Freeze:
         if self.kind == "all-but-head":
             return path == self.head or path.startswith(f"{self.head}.")
         return True
+
+
+@torch.no_grad()
+def last_layer(network: nn.Module, image: Tensor) -> str | None:
+    """Path of the linear layer or convolution that gives the network's outputs for an `image` (1, C, H, W), if any."""
+    found: list[tuple[str, Tensor]] = []
+    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    hooks = [m.register_forward_hook(lambda _m, _x, y, n=n: found.append((n, y))) for n, m in layers]
+    try:
+        with in_eval(network):
+            outputs = network(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    same = [
+        name for name, value in found if value.numel() == outputs.numel() and torch.equal(value.flatten(), outputs[0])
+    ]
+    return same[-1] if same else None
 
 
 def everything(_: str) -> bool:

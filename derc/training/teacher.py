@@ -10,6 +10,7 @@ from derc.data import label_map
 from derc.donor import Donor
 from derc.errors import UsageError
 from derc.modules import Normalize
+from derc.training.data import some
 
 
 class Teacher(nn.Module):
@@ -47,8 +48,3 @@ def teacher_of(donor: Donor, classes: tuple[str, ...]) -> Teacher:
             "name another donor, or --teacher none"
         )
     return Teacher(donor.build(), donor, columns)
-
-
-def some(names: tuple[str, ...]) -> str:
-    """The first names, and how many there are."""
-    return f"{', '.join(names[:5])}, … ({len(names)})" if len(names) > 6 else ", ".join(names)
