@@ -139,7 +139,7 @@ def examine(world: World, assembly: Assembly, views: dict[bool, tuple[Data, Cons
     start = time.process_time()
     stitched = FitStitches().run(context, assembly)
     fitted = time.process_time() - start
-    network = assemble(assembly, context.lowered, stitched.states)
+    network = assemble(assembly, context.lowered, stitched.states, stitched.head)
     labels = context.zoo[assembly.blocks[-1].donor].labels
     values, seconds = dict[str, float](), dict[str, float]()
     for labelled, (data, answers) in views.items():

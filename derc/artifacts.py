@@ -101,6 +101,31 @@ class Head:
         return f"linear({self.classes})"
 
 
+@dataclass(frozen=True, eq=False)
+class FittedHead:
+    """What a donor's last linear map, the module at `path`, becomes: weight (classes, features) and bias (classes,).
+
+    It was fitted to labelled `images` by `method` (ridge or logistic) with a penalty of `strength` times the mean
+    squared feature; `accuracy` is that on images which were left out of the fit in turn.
+    """
+
+    path: str
+    weight: Array
+    bias: Array
+    method: str
+    strength: float
+    images: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class DonorHeads:
+    """A fitted head for each donor by name; those that are `lacking` end in no linear map."""
+
+    heads: dict[str, FittedHead]
+    lacking: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Assembly:
     """Blocks in order; a stitch joins neighbours unless they are consecutive blocks of one donor.
@@ -158,11 +183,37 @@ class StitchedAssembly:
     """An assembly with the weights of what its donors do not give: one state dict for each such part, in order.
 
     `residual[i]` is the share of the target activation's variance that stitch i leaves unexplained on held-back probes.
+    `head` takes the place of the last donor's last linear map; None where that stays as it is. `buffers`, where there
+    are any, has for each block what takes the place of its donor's buffers, by path in the donor.
     """
 
     assembly: Assembly
     states: tuple[dict[str, Array], ...]
     residual: tuple[float, ...]
+    head: FittedHead | None = None
+    buffers: tuple[dict[str, Array], ...] = ()
+
+
+@dataclass(frozen=True)
+class Matched:
+    """An assembly whose stitches were trained so that its outputs agree with those of a `teacher`, a donor.
+
+    `images` were shown, without labels, of which `distinct` are different, in `seconds`. `before` and `after` are the
+    agreement on the validation images, in [0, 1]: the share of equal answers, or, where answers cannot be compared
+    (`features`), the share of the teacher's last features that is explained. `statistics` says whether the tail's batch
+    norms were estimated anew; `note` says what went otherwise than asked, empty where nothing did.
+    """
+
+    stitched: StitchedAssembly
+    teacher: str
+    images: int
+    distinct: int
+    seconds: float
+    before: float
+    after: float
+    features: bool = False
+    statistics: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -279,9 +330,13 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Everything learnt so far, which `select` refits its costs and latencies to."""
+    """Everything learnt so far, which `select` refits its costs and latencies to.
+
+    `accurate` says whether scores are accuracies, which the donors' known ones may stand beside.
+    """
 
     evaluated: tuple[Evaluated, ...] = ()
+    accurate: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from derc import stitching
-from derc.artifacts import Array, Assembly, BlockRef
+from derc import lastlayer, stitching
+from derc.artifacts import Array, Assembly, BlockRef, FittedHead, StitchedAssembly
 from derc.lowered import Lowered
 from derc.modules import Stitch
 from derc.parts import parts
@@ -32,21 +33,46 @@ class Assembled(nn.Module):
         return [part for part in self.parts if isinstance(part, Stitch)]
 
 
+def live(stitched: StitchedAssembly, lowered: Mapping[str, Lowered]) -> Assembled:
+    """The network of a stitched assembly in eval mode, with everything that it has in place of its donors'."""
+    return assemble(stitched.assembly, lowered, stitched.states, stitched.head, stitched.buffers)
+
+
 def assemble(
-    assembly: Assembly, lowered: Mapping[str, Lowered], states: tuple[dict[str, Array], ...] = ()
+    assembly: Assembly,
+    lowered: Mapping[str, Lowered],
+    states: tuple[dict[str, Array], ...] = (),
+    head: FittedHead | None = None,
+    buffers: tuple[dict[str, Array], ...] = (),
 ) -> Assembled:
-    """The network of an assembly in eval mode; what has no state keeps torch's random initialisation."""
+    """The network of an assembly in eval mode; what has no state keeps torch's random initialisation.
+
+    A fitted `head` takes the place of the last block's own, which stays as it is in the donor. A block that has
+    `buffers` is a copy; any other shares its donor's parameters.
+    """
     modules: list[nn.Module] = []
-    remaining = list(states)
+    remaining, others = list(states), list(buffers)
     for part in parts(assembly, lowered):
         if isinstance(part.spec, BlockRef):
-            modules.append(lowered[part.spec.donor].block(part.spec.first, part.spec.last))
+            block = lowered[part.spec.donor].block(part.spec.first, part.spec.last)
+            modules.append(with_buffers(block, others.pop(0) if others else {}))
             continue
         module = part.build()
         if remaining:
             module.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in remaining.pop(0).items()})
         modules.append(module)
+    if head is not None:
+        lastlayer.replace(modules[-1], head)
     return Assembled(modules).eval()
+
+
+def with_buffers(block: nn.Module, buffers: Mapping[str, Array]) -> nn.Module:
+    """The block itself, or a copy that has `buffers`, by path, in place of its own; every path must exist."""
+    if not buffers:
+        return block
+    block = copy.deepcopy(block)
+    block.load_state_dict({**block.state_dict(), **{k: torch.from_numpy(v.copy()) for k, v in buffers.items()}})
+    return block
 
 
 def new_stitch(assembly: Assembly, index: int, lowered: Mapping[str, Lowered]) -> Stitch:

@@ -71,6 +71,9 @@ SEARCH: tuple[Function, ...] = (
     click.option("--top", type=int, help="Solutions asked of the solver per round."),
     click.option("--evaluations", type=int, help="Assemblies stitched and scored at most."),
     click.option("--objective", help="Proxy that ranks assemblies: accuracy, kl, linear_probe, …  [default: accuracy]"),
+    click.option(
+        "--head", type=click.Choice(["auto", "fit", "donor"]), help="Fit heads to the labels; auto: if no donor's fits."
+    ),
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 

@@ -12,7 +12,7 @@ from derc.artifacts import CutZoo, EmbeddedZoo, LatencyTable, LoweredZoo, Partit
 from derc.config import CompileSettings
 from derc.console import Console
 from derc.disturbances import check_quiet
-from derc.errors import InfeasibleError, OverBudgetError, UsageError
+from derc.errors import InfeasibleError, OverBudgetError
 from derc.measure import LEAST_LIMIT_S
 from derc.outcome import Outcome
 from derc.passes.cut import CutDonors
@@ -26,6 +26,7 @@ from derc.search import Search
 from derc.shipping import margin_of, ship
 from derc.summary import summarise
 from derc.tabling import foresee
+from derc.transfer import with_heads
 from derc.workspace import NEGLIGIBLE, open_contexts
 
 
@@ -74,15 +75,11 @@ class Prepared:
 def prepare(settings: CompileSettings, console: Console) -> Prepared:
     """Open, analyse and profile everything; raises the errors of `derc.errors`."""
     started = time.perf_counter()
-    contexts = open_contexts(settings, console)
+    contexts, timings = open_contexts(settings, console), Timings()
+    timings.add("load", time.perf_counter() - started, reused=False)
+    contexts = with_heads(contexts, settings.head or "auto", timings)
     context = contexts[0]
     heads = context.data.task_donors(context.zoo)
-    if not heads:
-        raise UsageError(
-            "no donor's labels fit the data's classes: add a donor trained on them, or give data without labels"
-        )
-    timings = Timings()
-    timings.add("load", time.perf_counter() - started, reused=False)
     analysis = analyse(context, settings, timings)
     tables = tuple(latencies(one, analysis, settings, timings) for one in contexts)
     return Prepared(contexts, heads, analysis, tables, timings, started)

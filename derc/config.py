@@ -51,6 +51,7 @@ class CompileSettings(BaseModel):
     sets: Literal["pairs", "centres"] = "pairs"
     exact: bool = False
     solver: Literal["auto", "derc", "highs", "gurobi"] = "auto"
+    head: Literal["auto", "fit", "donor"] | None = None
     probe: int = Field(512, ge=8)
     top: int = Field(8, ge=1)
     evaluations: int = Field(24, ge=1)
@@ -287,6 +288,8 @@ TEMPLATE = """\
 # Who selects: derc (its own exact search), highs or gurobi; auto is derc, with gurobi for other integer programs where
 # a licence is found.
 # solver = "auto"
+# Whether to fit new heads to the data's labels: fit, donor (never), or auto: where no donor's labels fit them.
+# head = "auto"
 # Images that show what a network's values mean.
 # probe = 512
 # Assemblies that are scored per round, and in all.

@@ -10,7 +10,7 @@ import torch
 
 from derc import exporting
 from derc.artifacts import Array, Assembly, BlockRef, StitchedAssembly, digest
-from derc.assembled import Assembled, assemble
+from derc.assembled import Assembled, live
 from derc.ir import TensorType
 from derc.parts import Part, parts
 from derc.pipeline import Context, code_version
@@ -48,9 +48,10 @@ def model_of(context: Context, stitched: StitchedAssembly) -> bytes:
 
 
 def _joined(context: Context, stitched: StitchedAssembly) -> bytes:
-    network = assemble(stitched.assembly, context.lowered, stitched.states, stitched.head)
+    network = live(stitched, context.lowered)
     every = parts(stitched.assembly, context.lowered)
-    models = _exported(context, every, network, {every[-1].name} if stitched.head is not None else set())
+    changed = {f"block{place}" for place, buffers in enumerate(stitched.buffers) if buffers}
+    models = _exported(context, every, network, changed | ({every[-1].name} if stitched.head is not None else set()))
     for place, samples in _flows(context, every, network):
         block = every[place].spec
         if isinstance(block, BlockRef):
@@ -59,7 +60,7 @@ def _joined(context: Context, stitched: StitchedAssembly) -> bytes:
 
 
 def _exported(context: Context, every: tuple[Part, ...], network: Assembled, changed: set[str]) -> list[bytes]:
-    """Each part in float32: blocks sliced out of their donors' exports, what derc adds or `changed` out of one of its own."""
+    """Each part in float32: blocks sliced out of donors' exports, the rest, `changed` too, out of one of its own."""
     batch = context.target.batch
     added = {part.name: module for part, module in zip(every, network.parts, strict=True) if _own(part, changed)}
     slicers = {name: exporting.Slicer(donor_model(context, name)) for name in _donors(every)}

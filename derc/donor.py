@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from derc import hub, huggingface
-from derc.artifacts import digest
+from derc.artifacts import FittedHead, digest
 from derc.checkpoints import fingerprint, load_into, load_state_into
 from derc.errors import UsageError
 from derc.factories import ONNX, first_line, make, naming, onnx_path, source_bytes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-NOT_IN_DIGEST = ("kwargs", "native", "weights", "drop", "folder", "offline")
+NOT_IN_DIGEST = ("kwargs", "native", "weights", "drop", "folder", "offline", "head")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Donor:
     publishes, for transformers those of the hub's `repository`; where `offline`, from the local cache alone. `folder`
     is where the user's package may lie. Without weights the network is what its factory makes under a fixed seed.
     Where the network was rebuilt for another input size, `native` is what the weights' own network is called with.
+    A fitted `head` takes the place of the network's last linear map; `labels` are then those that it was fitted to.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Donor:
     source: str = ""
     folder: Path | None = None
     offline: bool = False
+    head: FittedHead | None = None
 
     def build(self) -> nn.Module:
         """A fresh copy in eval mode, float32, with its weights.
@@ -75,6 +77,10 @@ class Donor:
                 load_state_into(module, self._hub_state(kwargs), self.source or self.factory)
         if self.native is not None:
             module = self._resized(module)
+        if self.head is not None:
+            from derc import lastlayer
+
+            lastlayer.replace(module, self.head)
         return module.float().eval(), remark
 
     def _resized(self, native: nn.Module) -> nn.Module:
@@ -116,7 +122,8 @@ class Donor:
     @cached_property
     def _digest(self) -> str:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_IN_DIGEST}
-        made = [dict(self.kwargs), dict(self.native or {}), list(self.drop), source_bytes(self.factory)]
+        made: list[Any] = [dict(self.kwargs), dict(self.native or {}), list(self.drop), source_bytes(self.factory)]
+        made += [self.head] if self.head is not None else []
         if self.weights is not None:
             return digest(plain, *made, fingerprint(self.weights))
         if self._library[0] == ONNX:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from derc import bundle, stitching
-from derc.artifacts import Latency, LatencyTable, Partition, Shipped
+from derc.artifacts import FittedHead, Latency, LatencyTable, Partition, Shipped
 from derc.config import BUDGETS, LOWER_BUDGETS
 from derc.engine import parse
 from derc.ir import Op, TensorType
@@ -43,6 +43,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "latency": latency_of(outcome.shipped, _predicted(outcome.chosen, outcome.search.table)),
         "prediction": _prediction(outcome.search.table),
         "accuracy": accuracies(outcome),
+        **_heads(outcome),
         "solver": _solver(outcome.search),
         "donors": _donors(outcome),
         "candidates": [_candidate(one, outcome) for one in outcome.search.judged.values()],
@@ -170,6 +171,30 @@ def _donors(outcome: Outcome) -> dict[str, Any]:
             "latency": _plain(latency) if latency else None,
         }
     return result
+
+
+def _heads(outcome: Outcome) -> dict[str, Any]:
+    """How heads were fitted to the data's labels; nothing where donors' own ones know them."""
+    context, chosen = outcome.context, outcome.chosen
+    donors = {donor.name: donor.head for donor in context.zoo.donors if donor.head is not None}
+    if not donors:
+        return {}
+    own = chosen.stitched.head or donors.get(chosen.assembly.blocks[-1].donor)
+    network = None if own is None else {**_fitted(own), "validation": chosen.scores.accuracy}
+    found = {name: _fitted(head) for name, head in donors.items()}
+    return {"head": {"classes": list(context.data.classes or ()), "network": network, "donors": found}}
+
+
+def _fitted(head: FittedHead) -> dict[str, Any]:
+    """`left_out` is the accuracy on images that were left out of the fit in turn."""
+    return {
+        "layer": head.path,
+        "features": head.weight.shape[1],
+        "method": head.method,
+        "strength": head.strength,
+        "images": head.images,
+        "left_out": round(head.accuracy, 6),
+    }
 
 
 def _cut(name: str, kind: TensorType) -> str:

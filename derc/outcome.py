@@ -14,7 +14,7 @@ import torch
 
 from derc import enginelock
 from derc.artifacts import Assembly, BlockRef, CutDonor, Emitted, LoweredZoo, Shipped
-from derc.assembled import assemble, seeded
+from derc.assembled import assemble, live, seeded
 from derc.config import CompileSettings
 from derc.data import Split
 from derc.deployed import differs
@@ -92,7 +92,7 @@ def _answering(outcome: Outcome) -> Iterator[Network]:
     """The network as it is shipped: its module, or its engine where that computes something else."""
     context, stitched = outcome.context, outcome.chosen.stitched
     if not differs(context, stitched.assembly):
-        yield partial(logits, assemble(stitched.assembly, context.lowered, stitched.states))
+        yield partial(logits, live(stitched, context.lowered))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"engine{context.engine.suffix}")

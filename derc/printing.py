@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from derc import factories, modules
-from derc.artifacts import Assembly, BlockRef
+from derc.artifacts import Array, Assembly, BlockRef, FittedHead
 from derc.donor import Donor
 from derc.lowered import Lowered
 from derc.mode import MODE
@@ -91,12 +91,16 @@ def print_network(
     donors: Mapping[str, Donor],
     lowered: Mapping[str, Lowered],
     states: Iterable[Mapping[str, torch.Tensor]],
+    head: FittedHead | None = None,
+    buffers: Sequence[Mapping[str, Array]] = (),
 ) -> Printed:
-    """The module text of an assembly; `states` are those of what derc adds, in order.
+    """The module text of an assembly; `states` are those of what derc adds, in order, `head` its last block's own.
 
-    Blocks that no stitch parts become one. It is float32 whatever the precisions of the blocks in the engine.
+    `buffers`, where there are any, are those of each block that differ from its donor's, by path. Blocks that no stitch
+    parts become one. It is float32 whatever the precisions of the blocks in the engine.
     """
     precisions, plan = _precisions(assembly), str(assembly)
+    own = _merged_buffers(assembly, buffers)
     assembly = merged(assembly.plain)
     remaining = list(states)
     lines: list[str] = []
@@ -108,7 +112,7 @@ def print_network(
         if isinstance(part.spec, BlockRef):
             text = _print_block(len(printed), part.spec, lowered[part.spec.donor])
             printed.append(text)
-            call, state = f"Block{len(printed) - 1}()", text.weights
+            call, state = f"Block{len(printed) - 1}()", {**text.weights, **_renamed(own[len(printed) - 1], text)}
         else:
             kind, arguments = part.call
             added.append(kind)
@@ -117,6 +121,8 @@ def print_network(
         lines.append(f"        self.{part.name} = {call}")
         steps.append(f"        x = self.{part.name}(x)")
         weights |= {f"{part.name}.{key}": value for key, value in state.items()}
+    if head is not None:
+        weights |= _head_weights(head, len(assembly.blocks) - 1, printed[-1], weights)
     used = [donors[name] for name in assembly.donors]
     helpers = _helpers(added, printed)
     channels, height, width = entry(assembly, lowered).shape
@@ -131,7 +137,7 @@ def print_network(
         imports=_imports(printed, used, helpers),
         head="head.linear" if assembly.head else _head(assembly, lowered[assembly.blocks[-1].donor], printed[-1]),
         helpers=f"{helpers}\n\n\n" if helpers else "",
-        donors="\n\n\n".join(_donor_function(donor) for donor in used),
+        donors="\n\n\n".join(_donor_function(donor, lowered[donor.name]) for donor in used),
         blocks="\n\n\n".join("\n".join(block.lines) for block in printed),
         plan=plan,
         parts="\n".join(lines),
@@ -164,6 +170,27 @@ def merged(assembly: Assembly) -> Assembly:
     return replace(assembly, blocks=tuple(blocks), joints=tuple(joints) if assembly.joints else ())
 
 
+def _merged_buffers(assembly: Assembly, buffers: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+    """The blocks' own buffers after `merged`."""
+    found: list[dict[str, Array]] = []
+    for index in range(len(assembly.blocks)):
+        own = dict(buffers[index]) if buffers else {}
+        if index and not assembly.joint(index):
+            found[-1] |= own
+        else:
+            found.append(own)
+    return found
+
+
+def _renamed(buffers: Mapping[str, Array], block: _Block) -> dict[str, torch.Tensor]:
+    """Buffers by their donor's paths under the names that they have in the printed block."""
+    found = {}
+    for path, value in buffers.items():
+        taken = next(one for one in block.attributes if path.startswith(f"{one}."))
+        found[block.attributes[taken] + path[len(taken) :]] = torch.from_numpy(value.copy())
+    return found
+
+
 def _function(name: str) -> str:
     return "donor_" + re.sub(r"\W", "_", name)
 
@@ -175,16 +202,36 @@ def _libraries(donors: list[Donor]) -> str:
     return f"{', '.join(needed[:-1])} and {needed[-1]}"
 
 
-def _donor_function(donor: Donor) -> str:
+def _donor_function(donor: Donor, lowered: Lowered) -> str:
     _, call = factories.source(donor.factory, donor.kwargs)
     licence = f"{donor.source}; " if donor.source else ""
     if not call:
         return f"# {donor.name}: {donor.factory}, of which the blocks hold all ({licence}licence {donor.licence})."
+    head = _head_lines(donor, lowered, call)
     return (
         f"def {_function(donor.name)}() -> nn.Module:\n"
         f'    """{donor.name}: {donor.factory} ({licence}licence {donor.licence})."""\n'
-        f"    return {call}"
+        f"{head or f'    return {call}'}"
     )
+
+
+def _head_lines(donor: Donor, lowered: Lowered, call: str) -> str:
+    """The donor's body where its head was fitted anew, which has another shape than its library's."""
+    if donor.head is None:
+        return ""
+    owner, _, name = donor.head.path.rpartition(".")
+    new = construction(lowered.attribute(donor.head.path), donor.name)
+    place = _path(owner, lowered.module) if owner else "donor"
+    return f"    donor = {call}\n    setattr({place}, {name!r}, {new})\n    return donor"
+
+
+def _head_weights(
+    head: FittedHead, index: int, block: _Block, weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights of a head of the network's own under the names that they have in the printed network."""
+    path = _printed_path(head.path, index, block)
+    new = {"weight": torch.from_numpy(head.weight.copy()), "bias": torch.from_numpy(head.bias.copy())}
+    return {f"{path}.{name}": value.reshape(weights[f"{path}.{name}"].shape) for name, value in new.items()}
 
 
 def _imports(blocks: list[_Block], donors: list[Donor], helpers: str) -> str:

@@ -16,6 +16,7 @@ PASSES = {
     "partition": "derc.passes.partition:PartitionZoo",
     "profile": "derc.passes.profile:Profile",
     "select": "derc.passes.select:Select",
+    "head": "derc.passes.head:FitHeads",
     "score": "derc.passes.score:Score",
     "stitch": "derc.passes.stitch:FitStitches",
     "emit": "derc.passes.emit:Emit",

@@ -24,6 +24,7 @@ from derc.artifacts import (
 from derc.deployed import differs
 from derc.errors import DercError, InfeasibleError, MissingDependencyError
 from derc.evaluations import DONOR, PRIOR, Entry, kept_seconds
+from derc.passes.head import RefitHead
 from derc.passes.score import Consult, Score
 from derc.passes.select import Select
 from derc.passes.stitch import FitStitches
@@ -139,6 +140,8 @@ class Search:
             assembly = one.candidate.assembly
             started, watch = time.perf_counter(), self.timings.lap()
             plain = execute(FitStitches(), self.context, assembly.plain, timings=watch)
+            if not assembly.plain.intact and self.context.zoo[assembly.blocks[-1].donor].head is not None:
+                plain = execute(RefitHead(), self.context, plain, timings=watch)
             stitched = replace(plain, assembly=assembly)
             try:
                 scores = execute(Score(), self.context, stitched, reference, timings=watch)

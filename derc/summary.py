@@ -60,6 +60,9 @@ def told(manifest: dict[str, Any]) -> list[str]:
         best = accuracy.get("best_intact_within_budget")
         beside = f"; best intact donor within the budget: {best['donor']} {best['heldout']:.4f}" if best else ""
         lines.append(f"accuracy  {accuracy['heldout']:.4f} held-out, {_training_text(manifest)}{beside}")
+    head = (manifest.get("head") or {}).get("network")
+    if head is not None:
+        lines.append(f"head      fitted to {head['images']} images by {head['method']} regression")
     folder = Path(manifest["artifacts"]["manifest.json"]).parent
     lines.append(f"bundle    {folder}")
     if manifest["status"] == "unmeasured":

@@ -198,7 +198,11 @@ def _features(value: torch.Tensor, kind: TensorType, step: Embed) -> Array:
 
 
 def _judge(accuracy: dict[str, float], context: Context, name: str, logits: torch.Tensor) -> None:
-    """Note the donor's accuracy on the probe set, where there are labels and its head fits them."""
+    """Note the donor's accuracy on the probe set, where there are labels and its head fits them.
+
+    Of a head that was fitted to these images it is that on images left out of the fit.
+    """
+    head = context.zoo[name].head
     right = correct(logits, context.data.probe, columns_of(context.zoo[name].labels, context.data))
     if right is not None:
-        accuracy[name] = float(right.mean())
+        accuracy[name] = float(right.mean()) if head is None else head.accuracy

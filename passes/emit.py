@@ -11,7 +11,7 @@ from torch import nn
 
 from derc import deployed
 from derc.artifacts import Emitted, StitchedAssembly, digest
-from derc.assembled import assemble
+from derc.assembled import live
 from derc.emitted import realise
 from derc.errors import ParityError
 from derc.exporting import export
@@ -38,9 +38,9 @@ class Emit:
     def run(self, context: Context, stitched: StitchedAssembly) -> Emitted:
         states = [{k: torch.from_numpy(v) for k, v in state.items()} for state in stitched.states]
         donors = {donor.name: donor for donor in context.zoo.donors}
-        printed = print_network(stitched.assembly, donors, context.lowered, states)
+        printed = print_network(stitched.assembly, donors, context.lowered, states, stitched.head, stitched.buffers)
         network = realise(printed)
-        reference = assemble(stitched.assembly, context.lowered, stitched.states)
+        reference = live(stitched, context.lowered)
         parity = self._difference(network, reference, context)
         if parity != 0.0:
             raise ParityError(

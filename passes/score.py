@@ -12,7 +12,7 @@ import torch
 
 from derc import deployed, scoring
 from derc.artifacts import Consensus, Scores, StitchedAssembly, digest
-from derc.assembled import assemble
+from derc.assembled import live
 from derc.data import Split
 from derc.errors import PrecisionError
 from derc.judge import beliefs, columns_of, consensus, logits, run_logits
@@ -70,7 +70,7 @@ class Score:
         return digest(donors, context.data.digest(), deployed.engine_key(context), context.objective, code)
 
     def run(self, context: Context, stitched: StitchedAssembly, reference: Consensus) -> Scores:
-        network = assemble(stitched.assembly, context.lowered, stitched.states)
+        network = live(stitched, context.lowered)
         deploys = deployed.differs(context, stitched.assembly)
         subject = Subject(network, partial(self._deployed, context, stitched) if deploys else partial(logits, network))
         evidence = gather(context.data, context.zoo[stitched.assembly.blocks[-1].donor].labels, reference)

@@ -155,10 +155,10 @@ def test_an_impossible_budget_names_the_fastest_and_writes_nothing(compiled, tmp
     assert not (tmp_path / "o").exists()
 
 
-def test_labels_that_no_head_knows_are_refused(tmp_path):
+def test_labels_that_no_head_knows_are_refused_where_none_may_be_fitted(tmp_path):
     zoo = small_zoo(tmp_path, "resnet-rotation")
     with pytest.raises(UsageError, match="labels"):
-        derc.compile(str(zoo), "digits", out=tmp_path / "o")
+        derc.compile(str(zoo), "digits", out=tmp_path / "o", head="donor")
 
 
 def test_over_budget_is_an_error_of_its_own():
