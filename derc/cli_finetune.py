@@ -21,7 +21,7 @@ WHAT: tuple[Function, ...] = (
     click.option("--zoo", help="Where the teacher is, if the bundle's zoo is not where it was."),
 )
 HOW: tuple[Function, ...] = (
-    click.option("--lr", type=float, help="Learning rate.  [default: 0.0005]"),
+    click.option("--lr", type=float, help="Learning rate.  [default: 0.001, 0.01 where something is frozen]"),
     click.option("--batch", type=int, help="Images a step.  [default: 64]"),
     click.option("--optimizer", help="One of timm's: adamw, sgd, lamb, …  [default: adamw]"),
     click.option("--schedule", help="cosine, poly, tanh or constant.  [default: cosine]"),
@@ -70,9 +70,11 @@ def finetune(as_json: bool, quiet: bool, **flags: Any) -> None:
     from derc.finetuning import Finetune, finetune_bundle
     from derc.summary import told
     from derc.training import TrainOptions
+    from derc.training.freeze import RATES
 
     names = {"bundle", "data", "output", "freeze", "teacher", "zoo", "threads", "measure_s", "float32", "tensorboard"}
     given = {name: value for name, value in flags.items() if name not in names and value is not None}
+    given.setdefault("lr", RATES.get(flags["freeze"], TrainOptions.lr))
     asked = Finetune(**{name: flags[name] for name in names}, options=TrainOptions(**given))
     console = Console(quiet)
     console.listen()

@@ -30,7 +30,7 @@ from derc.training.checkpoint import Work
 from derc.training.data import TrainingData
 from derc.training.examples import Examples, scaled
 from derc.training.logs import as_csv
-from derc.training.trainer import Trained
+from derc.training.outcome import Trained
 from derc.version import VERSION
 
 RESULT = (
@@ -245,7 +245,7 @@ def _accuracy(made: Finetuned) -> dict[str, Any]:
 def _record(made: Finetuned) -> dict[str, Any]:
     """Parent, data, hyperparameters, and what came of them."""
     trained, rows = made.trained, made.trained.rows
-    facts = ("kept", "epoch", "steps", "images", "stopped", "micro")
+    facts = ("kept", "epoch", "steps", "images", "stopped", "micro", "device", "processes")
     return {
         "parent": {
             "path": str(made.parent.absolute()),

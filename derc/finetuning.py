@@ -28,9 +28,9 @@ from derc.training.data import TrainingData, load, some
 from derc.training.freeze import Freeze, last_layer
 from derc.training.logs import Log
 from derc.training.options import flag
+from derc.training.outcome import Trained
 from derc.training.score import accuracy
 from derc.training.teacher import teacher_of
-from derc.training.trainer import Trained
 from derc.zoo import Zoo
 
 TEACHERS = ("donor", "none")
@@ -63,7 +63,8 @@ class Finetune:
         for name in ("freeze", "teacher", "threads", "zoo", "measure_s", "float32"):
             words += _flag(name, getattr(self, name), getattr(Finetune, name))
         for one in fields(TrainOptions):
-            words += _flag(one.name, getattr(self.options, one.name), one.default)
+            default = None if one.name == "lr" else one.default  # which one applies depends on what is frozen
+            words += _flag(one.name, getattr(self.options, one.name), default)
         return shlex.join(words)
 
 
@@ -97,6 +98,7 @@ def finetune_bundle(asked: Finetune, console: Console) -> dict[str, Any] | None:
     the new bundle was written. What was trained stays in a folder beside the new bundle until that is there.
     """
     started = time.perf_counter()
+    console = console if _main() else Console(quiet=True)
     asked.options.check()
     manifest = bundle.verify(asked.bundle)
     bundle.check_output(asked.output)

@@ -3,6 +3,6 @@
 from derc.training.examples import Examples as Examples
 from derc.training.freeze import Trains as Trains
 from derc.training.options import TrainOptions as TrainOptions
-from derc.training.trainer import Scored as Scored
-from derc.training.trainer import Trained as Trained
+from derc.training.outcome import Scored as Scored
+from derc.training.outcome import Trained as Trained
 from derc.training.trainer import train as train

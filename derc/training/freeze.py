@@ -12,7 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from derc.errors import UsageError, suggest
 from derc.mode import in_eval
 
-FREEZE = ("none", "blocks", "all-but-head")
+RATES = {"none": 1e-3, "blocks": 1e-2, "all-but-head": 1e-2}
+"""What may be frozen, and the learning rate that suits what is left (docs/finetune.md)."""
+FREEZE = tuple(RATES)
 Trains = Callable[[str], bool]
 """Whether the module or parameter of this path in a network trains."""
 

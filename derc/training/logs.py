@@ -11,7 +11,7 @@ from typing import Any
 
 from derc.console import Console
 from derc.errors import MissingDependencyError
-from derc.training.trainer import Row
+from derc.training.outcome import Row
 
 
 class Log:

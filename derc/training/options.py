@@ -29,7 +29,7 @@ class TrainOptions:
 
     epochs: int = 10
     batch: int = 64
-    lr: float = 5e-4
+    lr: float = 1e-3
     optimizer: str = "adamw"
     schedule: str = "cosine"
     warmup: float = 0.1

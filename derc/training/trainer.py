@@ -17,52 +17,18 @@ from derc.data import Split
 from derc.errors import UsageError
 from derc.training.augment import Augmentation
 from derc.training.checkpoint import Work
+from derc.training.checks import check_labels, check_outputs, out_of_memory
 from derc.training.examples import Batches, Examples, as_examples, in_order
 from derc.training.freeze import Trains, everything, prepare, to_train
 from derc.training.loss import Loss, mixing, seeded
 from derc.training.options import TrainOptions
+from derc.training.outcome import Row, Scored, Trained
 from derc.training.runner import Runner, open_runner
 
 PARTS = ("loss", "label_loss", "teacher_loss", "right", "seen")
 """What is summed over the batches of an epoch."""
 T = TypeVar("T")
 State = dict[str, Tensor]
-Row = dict[str, float | int | None]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a state of the network is worth on the validation images; `loss` is the cross entropy."""
-
-    accuracy: float
-    loss: float
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """The higher, the better: by accuracy, then by loss; a loss that is no number comes last."""
-        return self.accuracy, -self.loss if math.isfinite(self.loss) else -math.inf
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The network in its best state, in eval mode on the processor, with the log: a row for each epoch.
-
-    `kept` says what the best state is: the network as it came (before), its weights after epoch `epoch` (weights), or
-    their average (average). `stopped` is whether the time ran out, `micro` how many images went through at a time,
-    `images` how many went through in all (with repeats).
-    """
-
-    network: nn.Module
-    rows: tuple[Row, ...]
-    before: Scored
-    after: Scored
-    kept: str
-    epoch: int
-    steps: int
-    images: int
-    seconds: float
-    micro: int
-    stopped: bool
 
 
 def train(
@@ -386,33 +352,6 @@ class _Trainer:
             self.seconds,
             self.micro,
             self.stopped,
+            self.runner.device.type,
+            self.runner.share.world,
         )
-
-
-def check_labels(images: Examples, validation: Examples) -> None:
-    """Raise UsageError unless both have images and there is more than one class to tell apart."""
-    for examples, what in ((images, "training"), (validation, "validation")):
-        if len(examples) == 0:
-            raise UsageError(f"there are no {what} images: give more data")
-    known = np.unique(images.labels)
-    if len(known) < 2:
-        raise UsageError(f"all {len(images)} training images are of class {known[0]}: training needs two at least")
-
-
-@torch.no_grad()
-def check_outputs(
-    network: nn.Module, examples: Examples, columns: tuple[int, ...] | None, classes: int, device: torch.device
-) -> int:
-    """The number of outputs that are trained; raises UsageError where there are fewer than classes."""
-    images, _ = next(in_order(examples, 1))
-    outputs = network.eval()(images.to(device)).shape[1]
-    if classes > outputs or (columns is not None and max(columns) >= outputs):
-        raise UsageError(f"the labels name {classes} classes, and the network has {outputs} outputs: give its own data")
-    return outputs if columns is None else len(columns)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or here."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory"))
