@@ -77,7 +77,7 @@ def prepare(settings: CompileSettings, console: Console) -> Prepared:
     started = time.perf_counter()
     contexts, timings = open_contexts(settings, console), Timings()
     timings.add("load", time.perf_counter() - started, reused=False)
-    contexts = with_heads(contexts, settings.head or "auto", timings)
+    contexts = with_heads(contexts, settings.head, timings)
     context = contexts[0]
     heads = context.data.task_donors(context.zoo)
     analysis = analyse(context, settings, timings)

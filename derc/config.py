@@ -51,7 +51,7 @@ class CompileSettings(BaseModel):
     sets: Literal["pairs", "centres"] = "pairs"
     exact: bool = False
     solver: Literal["auto", "derc", "highs", "gurobi"] = "auto"
-    head: Literal["auto", "fit", "donor"] | None = None
+    head: Literal["auto", "fit", "donor"] = "auto"
     probe: int = Field(512, ge=8)
     top: int = Field(8, ge=1)
     evaluations: int = Field(24, ge=1)

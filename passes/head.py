@@ -34,7 +34,7 @@ class FitHeads:
 
     images: int = LARGEST
     batch: int = 64
-    name: ClassVar[str] = "heads"
+    name: ClassVar[str] = "head"
     produces: ClassVar[type] = DonorHeads
 
     def inputs(self, context: Context) -> str:
@@ -64,7 +64,7 @@ class RefitHead:
 
     images: int = LARGEST
     batch: int = 64
-    name: ClassVar[str] = "head"
+    name: ClassVar[str] = "refit"
     produces: ClassVar[type] = StitchedAssembly
 
     def inputs(self, context: Context) -> str:
