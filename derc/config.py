@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from derc import registry
+from derc.amounts import Amount, amount
 from derc.engine import PRECISIONS
 from derc.errors import UsageError, suggest
 from derc.zoo import PRESETS
@@ -52,6 +53,8 @@ class CompileSettings(BaseModel):
     exact: bool = False
     solver: Literal["auto", "derc", "highs", "gurobi"] = "auto"
     head: Literal["auto", "fit", "donor"] = "auto"
+    match: str = "0"
+    match_teacher: str = "tail"
     probe: int = Field(512, ge=8)
     top: int = Field(8, ge=1)
     evaluations: int = Field(24, ge=1)
@@ -101,6 +104,13 @@ class CompileSettings(BaseModel):
             raise ValueError("must name engines: onnxruntime, or onnxruntime,openvino:bf16")
         return ",".join(names) or None
 
+    @field_validator("match", mode="before")
+    @classmethod
+    def _amount_of_matching(cls, value: object) -> str:
+        """A number of images, or of seconds with an s behind it."""
+        amount(str(value))
+        return str(value).strip()
+
     @field_validator("objective")
     @classmethod
     def _known_proxy(cls, value: str) -> str:
@@ -129,6 +139,11 @@ class CompileSettings(BaseModel):
     def size(self) -> tuple[int, ...] | None:
         """The input size asked for, (H, W) or (C, H, W)."""
         return None if self.input_size is None else tuple(map(int, self.input_size.split("x")))
+
+    @property
+    def match_amount(self) -> Amount:
+        """How long stitches are matched, as images shown or seconds."""
+        return amount(self.match)
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -255,7 +270,7 @@ TEMPLATE = """\
 # offline = false
 # The images' size that all donors are brought to: 224, HEIGHTxWIDTH or CHANNELSxHEIGHTxWIDTH.
 # input_size = 224
-# Images: digits (embedded), folder:PATH or npz:PATH.
+# Images: digits (embedded), folder:PATH, npz:PATH or hf:PATH.
 # data = "digits"
 # The device to run on.
 # target = "cpu"
