@@ -123,7 +123,8 @@ def propose(instance: Instance, trace: Trace, count: int, best: int, seed: int, 
     world, analysis = instance.world, instance.world.analysis
     heads = world.context.data.task_donors(world.context.zoo)
     select = Select(macs_g=instance.limit / 1e9, one_per_set=True, fresh=True, heads=heads)
-    known = Knowledge(tuple(Evaluated(a, instance.score(value)) for a, value in trace.seen.items()))
+    seen = tuple(Evaluated(a, instance.score(value)) for a, value in trace.seen.items())
+    known = Knowledge(seen, accurate=instance.proxy == "accuracy")
     step = Propose(select, count, best, seed, number)
     found = step.run(world.context, analysis.cuts, analysis.embedded, analysis.partition, None, known)
     return [one.candidate.assembly for one in found.found]

@@ -98,11 +98,13 @@ def learn(
 ) -> Learnt:
     """Priors refitted to `knowledge`, where it is of this graph's assemblies; later entries replace earlier ones."""
     seen = [one for one in knowledge.evaluated if graph.path(one.assembly) is not None]
-    losses = _intact_losses(graph, embedded) | {one.assembly: 1 - one.score for one in seen if one.score is not None}
+    scored = {one.assembly: 1 - one.score for one in seen if one.score is not None}
+    losses = (_intact_losses(graph, embedded) if knowledge.accurate else {}) | scored
     known = (wholes(table, graph) if table else {}) | {one.assembly: one.latency for one in seen if one.latency}
     measured = {assembly: (latency.ms, latency.high_ms) for assembly, latency in known.items()}
     whole = {assembly: latency.ms for assembly, latency in known.items()}
-    prior = prior_loss(graph, cuts, embedded, table.distortion if table else {})
+    errors = {assembly.blocks[0].donor: loss for assembly, loss in losses.items() if assembly.intact}
+    prior = prior_loss(graph, cuts, embedded, table.distortion if table else {}, errors)
     paths, values = [graph.path(assembly) or () for assembly in losses], np.array(list(losses.values()))
     telling = [not assembly.intact for assembly in losses]
     surrogate = fit(features(graph, cuts, embedded, prior), prior, paths, values, NOISE_SPREAD, telling)
@@ -123,15 +125,20 @@ def _intact_losses(graph: Layered, embedded: EmbeddedZoo) -> dict[Assembly, floa
 
 
 def prior_loss(
-    graph: Layered, cuts: CutZoo, embedded: EmbeddedZoo, distortion: Mapping[str, float] | None = None
+    graph: Layered,
+    cuts: CutZoo,
+    embedded: EmbeddedZoo,
+    distortion: Mapping[str, float] | None = None,
+    errors: Mapping[str, float] | None = None,
 ) -> Array:
-    """Loss of each edge before anything was evaluated.
+    """Loss of each edge before any assembly was evaluated.
 
-    A block bears its MACs' share of its donor's error, in a lower precision the `distortion` of its output too (by
-    `str(BlockRef)`), a stitch the dissimilarity of what it joins, and a step that leaves out equivalence sets their
-    share of the network.
+    A block bears its MACs' share of its donor's error (`errors`, None: 1 − the known accuracies), in a lower precision
+    the `distortion` of its output too (by `str(BlockRef)`), a stitch the dissimilarity of what it joins, and a step
+    that leaves out equivalence sets their share of the network.
     """
-    errors, total, own = _donor_errors(cuts, embedded), _total_macs(cuts), np.zeros(len(graph.blocks) + 1)
+    known = {name: 1 - accuracy for name, accuracy in embedded.accuracy.items()} if errors is None else errors
+    errors, total, own = _donor_errors(cuts, known), _total_macs(cuts), np.zeros(len(graph.blocks) + 1)
     for place, block in enumerate(graph.blocks):
         macs = sum(unit.macs for unit in cuts.donors[block.donor].units[block.first : block.last])
         own[place] = errors[block.donor] * macs / total[block.donor]
@@ -157,12 +164,11 @@ def _total_macs(cuts: CutZoo) -> dict[str, int]:
     return {name: max(sum(unit.macs for unit in donor.units), 1) for name, donor in cuts.donors.items()}
 
 
-def _donor_errors(cuts: CutZoo, embedded: EmbeddedZoo) -> dict[str, float]:
-    """1 − accuracy, the known donors' mean where it is not known; without any, a little more for the smaller ones."""
-    known = embedded.accuracy
+def _donor_errors(cuts: CutZoo, known: Mapping[str, float]) -> dict[str, float]:
+    """What each donor loses, where it is not `known` those donors' mean; without any, more for the smaller ones."""
     if known:
         mean = sum(known.values()) / len(known)
-        return {name: 1 - known.get(name, mean) for name in cuts.donors}
+        return {name: known.get(name, mean) for name in cuts.donors}
     size = {name: float(np.log(macs)) for name, macs in _total_macs(cuts).items()}
     largest, spread = max(size.values()), max(max(size.values()) - min(size.values()), 1e-12)
     return {name: SIZE_LOSS * (largest - value) / spread for name, value in size.items()}

@@ -16,6 +16,7 @@ from derc.artifacts import (
     Knowledge,
     Latency,
     LatencyTable,
+    Matched,
     Partition,
     Scores,
     Selection,
@@ -34,12 +35,17 @@ from derc.proposing import DESIGN, Proposal, Propose, greedy
 
 @dataclass(frozen=True)
 class Judged:
-    """One evaluated assembly; `measured` is its whole network's latency where that is known."""
+    """One evaluated assembly; `measured` is its whole network's latency where that is known.
+
+    Where it was `matched` and is the better for it, `unmatched` are the scores before.
+    """
 
     stitched: StitchedAssembly
     scores: Scores
     predicted: dict[str, float | None]
     measured: Latency | None = None
+    matched: Matched | None = None
+    unmatched: Scores | None = None
 
     @property
     def assembly(self) -> Assembly:
@@ -87,8 +93,9 @@ class Search:
     @property
     def knowledge(self) -> Knowledge:
         """What was evaluated; what failed is as good as nothing."""
-        seen = (Evaluated(a, j.scores.value, j.measured) for a, j in self.judged.items())
-        return Knowledge((*seen, *(Evaluated(assembly, 0.0) for assembly in self.failed)))
+        seen = (Evaluated(a, (j.unmatched or j.scores).value, j.measured) for a, j in self.judged.items())
+        failed = (Evaluated(assembly, 0.0) for assembly in self.failed)
+        return Knowledge((*seen, *failed), accurate=self.context.objective == "accuracy")
 
     def explore(self, most: int) -> int:
         """One round: solve, then stitch and score the new candidates, `most` at the most; returns how many were new.
