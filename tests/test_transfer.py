@@ -15,6 +15,7 @@ from derc.data import Data, Split
 from derc.digits import load_all
 from derc.errors import UsageError
 from derc.pipeline import Timings
+from derc.summary import told
 from derc.transfer import with_heads
 from tests.conftest import KEPT, small_zoo
 from tests.world import make_context
@@ -127,7 +128,13 @@ def compiled(tmp_path_factory):
         write(folder / "data" / name, np.rot90(images[keep], axes=(1, 2))[:400])
     zoo = small_zoo(folder, *KEPT)
     result = derc.compile(
-        str(zoo), f"folder:{folder / 'data'}", latency_ms=50.0, out=folder / "out", evaluations=6, probe=256, profile_s=4
+        str(zoo),
+        f"folder:{folder / 'data'}",
+        latency_ms=50.0,
+        out=folder / "out",
+        evaluations=6,
+        probe=256,
+        profile_s=4,
     )
     return folder, result
 
@@ -148,6 +155,15 @@ def test_the_manifest_says_that_the_head_was_fitted_and_how(compiled):
     assert head["network"]["images"] == 256 and head["network"]["method"] in ("ridge", "logistic")
     assert head["network"]["validation"] == result["accuracy"]["validation"] > 0.7
     assert set(result["accuracy"]["donors"]) == set(KEPT)
+
+
+def test_the_report_and_the_console_say_it_too(compiled):
+    folder, _ = compiled
+    manifest, page = bundle.read(folder / "out"), (folder / "out" / "report.html").read_text()
+    method = manifest["head"]["network"]["method"]
+    assert f"The head for high, low was fitted to 256 labelled images by {method} regression" in page
+    paths = {"manifest.json": str(folder / "out" / "manifest.json")}
+    assert f"head      fitted to 256 images by {method} regression" in told({**manifest, "artifacts": paths})
 
 
 def test_it_is_never_below_the_best_donor_with_its_own_fitted_head(compiled):

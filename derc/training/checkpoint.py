@@ -57,7 +57,9 @@ class Work:
             )
 
     def close(self) -> None:
-        """Give the folder back; what is in it stays."""
+        """Give the folder back; it stays where it holds a state."""
+        if not (self.folder / STATE).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.release()
         Path(self.lock.lock_file).unlink(missing_ok=True)
 

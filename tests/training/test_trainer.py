@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,6 +183,37 @@ def test_out_of_memory_halves_what_goes_through_and_keeps_the_step():
         torch.testing.assert_close(value, narrow.one.state_dict()[name], atol=1e-6, rtol=1e-4)
 
 
+WASTE = """
+import resource, torch, onnx, timm.optim, timm.scheduler, timm.utils
+from dataclasses import replace
+from derc.training import train
+from tests.training.small import network, split
+from tests.training.test_trainer import PLAIN
+torch.set_num_threads(1)
+
+class Wasteful(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = network(norm=False)
+
+    def forward(self, x):
+        return self.one(x) + 0 * torch.ones(len(x), 1_000_000)[:, :1]
+
+one, images = Wasteful(), split("train")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20,) * 2)
+print(train(one, images, split("validation"), replace(PLAIN, allow_worse=True)).micro)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's memory is limited through Linux' address space")
+def test_memory_that_really_runs_out_is_told_from_a_bug():
+    """4 MB for an image, 500 MB in all: 300 and 150 at a time do not fit, 75 do."""
+    done = subprocess.run([sys.executable, "-c", WASTE], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "75"
+
+
 def test_no_memory_for_one_image_is_said():
     one = network()
     one.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
@@ -315,9 +348,8 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 
 def environment() -> dict[str, str]:
-    import os
-
-    root = str(__import__("pathlib").Path(__file__).parents[2])
+    """Of a process that finds the tests, on one thread and no GPU."""
+    root = str(Path(__file__).parents[2])
     return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
