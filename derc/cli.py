@@ -75,6 +75,10 @@ SEARCH: tuple[Function, ...] = (
         "--head", type=click.Choice(["auto", "fit", "donor"]), help="Fit heads to the labels; auto: if no donor's fits."
     ),
 )
+MATCH: tuple[Function, ...] = (
+    click.option("--match", help="Train stitches without labels: images shown (3000) or seconds (30s); 0: not."),
+    click.option("--match-teacher", help="Whose answers they learn: tail, best or a donor's name.  [default: tail]"),
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 
 
@@ -97,7 +101,7 @@ def cli() -> None:
 
 
 @cli.command("compile")
-@options(SOURCES, DEVICE, PRECISION, (LATENCY, *SIZES), PARTITION, SEARCH)
+@options(SOURCES, DEVICE, PRECISION, (LATENCY, *SIZES), PARTITION, SEARCH, MATCH)
 @click.option("--emit", help="triton: add a model repository for Triton Inference Server to the bundle.")
 @click.option("-o", "--output", type=click.Path(), help="Directory of the bundle.")
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")

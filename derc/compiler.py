@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from derc.passes.partition import PartitionZoo
 from derc.passes.profile import Profile
 from derc.passes.select import Select
 from derc.pipeline import Context, Timings, execute
+from derc.refining import refine
 from derc.search import Search
 from derc.shipping import margin_of, ship
 from derc.summary import summarise
@@ -98,7 +100,8 @@ def complete(prepared: Prepared, settings: CompileSettings, console: Console, co
     """Search, build and write the bundle for the budgets of `settings`; see `compile_bundle`."""
     timings = Timings(dict(prepared.timings.seconds), dict(prepared.timings.reused))
     searches = search_all(prepared, settings, timings)
-    found = ship(searches, settings.profile_s or LEAST_LIMIT_S, timings)
+    again = partial(refine, amount=settings.match_amount, teacher=settings.match_teacher)
+    found = ship(searches, settings.profile_s or LEAST_LIMIT_S, timings, again)
     console.check()
     outcome = Outcome(
         settings,
@@ -132,6 +135,7 @@ def search_all(prepared: Prepared, settings: CompileSettings, timings: Timings) 
         search = open_search(prepared, settings, timings, number)
         try:
             search.run()
+            refine(search, settings.match_amount, settings.match_teacher)
             searches.append(search)
         except InfeasibleError as error:
             refused.append(error)

@@ -48,10 +48,18 @@ class Split:
         import torch
 
         for start in range(0, len(self), size):
-            part = self.images[start : start + size].transpose(0, 3, 1, 2)
-            images = torch.from_numpy(np.ascontiguousarray(part)).float() / 255
             labels = None if self.labels is None else torch.from_numpy(self.labels[start : start + size])
-            yield images, labels
+            yield _pixels(self.images[start : start + size]), labels
+
+    def take(self, numbers: Tensor) -> Tensor:
+        """The images of these numbers: (n, C, H, W) float32 in [0, 1]."""
+        return _pixels(self.images[numbers.numpy()])
+
+
+def _pixels(images: Array) -> Tensor:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 255
 
 
 @dataclass(frozen=True)
@@ -68,11 +76,15 @@ class Data:
     validation: Split
     heldout: Split
     more: Callable[[int], Split] | None = field(default=None, compare=False, repr=False)
+    _trainings: dict[int, Split] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def training(self, count: int) -> Split:
         """At most `count` images to train on: the probes, then those beyond the splits, which are read now."""
-        wanted = count - len(self.probe)
-        return _joined(self.probe, self.more(wanted)) if wanted > 0 and self.more else _first(self.probe, count)
+        if count not in self._trainings:
+            wanted = count - len(self.probe)
+            more = self.more(wanted) if wanted > 0 and self.more else None
+            self._trainings[count] = _joined(self.probe, more) if more else _first(self.probe, count)
+        return self._trainings[count]
 
     def digest(self) -> str:
         """SHA-256 of what a compile may depend on: classes, probe and validation."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from derc.data import Data
     from derc.fronts import Fronts
     from derc.lowered import Lowered
+    from derc.recall import Recall
     from derc.store import Store
     from derc.target import Target
     from derc.zoo import Zoo
@@ -41,7 +42,7 @@ NOT_IN_KEYS: tuple[str, ...] = (
     "inspection",
 )
 NOT_IN_KEYS += ("completing", "disturbances", "shipping", "manifest", "outcome", "search", "summary", "version")
-NOT_IN_KEYS += ("proposing", "evaluations")
+NOT_IN_KEYS += ("proposing", "evaluations", "refining")
 NOT_IN_KEYS += ("transfer", "cli_targets", "shelf", "tabling", "target_views")
 NOT_IN_KEYS += ("assembling", "planning", "recipe", "recipe_bundle", "cli_finetune", "finetuning", "finetuned")
 """Core modules that no pass's result depends on."""
@@ -79,6 +80,13 @@ class Context:
         from derc.fronts import Fronts
 
         return Fronts()
+
+    @cached_property
+    def recall(self) -> Recall:
+        """What networks' fronts give for images in any order, kept between the passes."""
+        from derc.recall import Recall
+
+        return Recall()
 
 
 class Pass(Protocol[Out]):

@@ -10,7 +10,7 @@ from typing import Any
 
 from derc import bundle, stitching
 from derc.artifacts import BlockRef, CutDonor, Joint
-from derc.assembled import assemble
+from derc.assembled import live
 from derc.assembling import Built
 from derc.config import BUDGETS
 from derc.data import Split
@@ -139,7 +139,7 @@ def _accuracy(built: Built, split: Split) -> float | None:
     columns = columns_of(context.zoo[assembly.blocks[-1].donor].labels, context.data)
     if split.labels is None or columns is None or assembly.head is not None:
         return None
-    network = assemble(assembly, context.lowered, built.stitched.states)
+    network = live(built.stitched, context.lowered)
     right = correct(logits(network, split), split, columns)
     return None if right is None else float(right.mean())
 

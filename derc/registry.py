@@ -19,6 +19,7 @@ PASSES = {
     "head": "derc.passes.head:FitHeads",
     "score": "derc.passes.score:Score",
     "stitch": "derc.passes.stitch:FitStitches",
+    "match": "derc.passes.match:Match",
     "emit": "derc.passes.emit:Emit",
     "package": "derc.passes.package:Package",
 }

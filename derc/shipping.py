@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -48,8 +48,10 @@ def margin_of(table: LatencyTable) -> float:
     return min(max(margin_from(table), float(np.median(reach)) if reach else 0.0), LARGEST_MARGIN)
 
 
-def ship(searches: Sequence[Search], measure_s: float, timings: Timings) -> Shipment:
-    """Build and measure the best network; where it is over budget, select again with that knowledge.
+def ship(
+    searches: Sequence[Search], measure_s: float, timings: Timings, refine: Callable[[Search], None] = lambda _: None
+) -> Shipment:
+    """Build and measure the best network; where it is over budget, select again with that knowledge, then `refine`.
 
     `measure_s` is what the profile may take; one network gets half of it. A network that the engine computes wrongly in
     a lower precision is passed over. Where the target is not here, the network that is predicted to be the best is
@@ -81,6 +83,7 @@ def ship(searches: Sequence[Search], measure_s: float, timings: Timings) -> Ship
             fastest = Shipment(search, search.judged[chosen.assembly], emitted, shipped, False)
         with suppress(InfeasibleError):  # nothing more to propose: the fastest one that was built is the answer
             search.explore(search.select.top)
+        refine(search)
     if fastest is None:
         raise InfeasibleError(f"no network fits the budgets: {_fastest(searches)}")
     return fastest

@@ -118,7 +118,9 @@ def open_contexts(settings: CompileSettings, console: Console) -> tuple[Context,
     Where the target is not here, ONNX Runtime on this processor computes in place of its engines.
     """
     if settings.lacks_data:
-        raise UsageError(f"--data is missing: the zoo {settings.zoo} needs images, give folder:PATH, npz:PATH or hf:PATH")
+        raise UsageError(
+            f"--data is missing: the zoo {settings.zoo} needs images, give folder:PATH, npz:PATH or hf:PATH"
+        )
     target = Target.load(settings.target, threads=settings.threads, batch=settings.batch)
     targets = [replace(target, engine=spec) for spec in settings.engines or (target.engine,)]
     for one in targets:
