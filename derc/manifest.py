@@ -44,6 +44,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "prediction": _prediction(outcome.search.table),
         "accuracy": accuracies(outcome),
         **_heads(outcome),
+        "matching": _matching(outcome.chosen),
         "solver": _solver(outcome.search),
         "donors": _donors(outcome),
         "candidates": [_candidate(one, outcome) for one in outcome.search.judged.values()],
@@ -197,6 +198,27 @@ def _fitted(head: FittedHead) -> dict[str, Any]:
     }
 
 
+def _matching(one: Judged) -> dict[str, Any] | None:
+    """What training without labels did to a network; None where there was none."""
+    matched = one.matched
+    if matched is None:
+        return None
+    before, kept = one.unmatched or one.scores, one.unmatched is not None
+    labelled = before.labelled
+    return {
+        "teacher": matched.teacher,
+        "images": matched.images,
+        "distinct": matched.distinct,
+        "seconds": matched.seconds,
+        "agreement": {"of": "features" if matched.features else "answers"}
+        | {"before": round(matched.before, 6), "after": round(matched.after, 6)},
+        "validation": {"before": before.accuracy, "after": one.scores.accuracy} if labelled else None,
+        "statistics": matched.statistics,
+        "kept": kept,
+        "note": matched.note,
+    }
+
+
 def _cut(name: str, kind: TensorType) -> str:
     return f"{name}: {stitching.describe(kind)}"
 
@@ -216,6 +238,7 @@ def _candidate(one: Judged, outcome: Outcome) -> dict[str, Any]:
         "objective": one.scores.accuracy if one.scores.estimate is None else one.scores.estimate,
         "predicted_ms": _predicted(one, outcome.search.table),
         "measured_ms": one.measured.ms if one.measured and one.measured.provenance == "measured" else None,
+        "matching": _matching(one),
     }
 
 

@@ -63,11 +63,22 @@ def told(manifest: dict[str, Any]) -> list[str]:
     head = (manifest.get("head") or {}).get("network")
     if head is not None:
         lines.append(f"head      fitted to {head['images']} images by {head['method']} regression")
+    matching = manifest.get("matching")
+    if matching is not None:
+        lines.append(f"matching  {_matching_text(matching)}")
     folder = Path(manifest["artifacts"]["manifest.json"]).parent
     lines.append(f"bundle    {folder}")
     if manifest["status"] == "unmeasured":
         lines.append(f"not measured: on {manifest['target']['name']}, run derc build {folder}")
     return lines
+
+
+def _matching_text(matching: dict[str, Any]) -> str:
+    agreement = matching["agreement"]
+    shown = f"{matching['images']} images without labels in {matching['seconds']:.0f} s"
+    if not matching["kept"]:
+        return f"{shown} made it no better, so it is as it was"
+    return f"{shown}: agreement with {matching['teacher']} {agreement['before']:.4f} to {agreement['after']:.4f}"
 
 
 def _training_text(manifest: dict[str, Any]) -> str:
