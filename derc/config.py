@@ -306,7 +306,7 @@ TEMPLATE = """\
 # Whether to fit new heads to the data's labels: fit, donor (never), or auto: where no donor's labels fit them.
 # head = "auto"
 # Train the stitches of the best networks without labels, for so many images shown (3000) or seconds (30s; then not the
-# same network each time); 0: not. Whose answers they learn: tail (the donor of the last block), best, or a donor's name.
+# same network each time); 0: not. Whose answers they learn: tail (the last block's donor), best, or a donor's name.
 # match = "0"
 # match_teacher = "tail"
 # Images that show what a network's values mean.
