@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from derc import uncut
 from derc.artifacts import LoweredZoo, digest
+from derc.batchnorm import broken
 from derc.blame import check_hooks, place
 from derc.errors import DercError, UsageError
 from derc.ir import NORMALIZE
@@ -50,8 +51,11 @@ def lower(
 ) -> Lowered:
     """Trace `module` for images of `input_shape` (C, H, W); with `mean` and `std`, normalisation becomes its first op.
 
-    Raises UsageError where the forward pass depends on the data or the traced program is not exactly the module.
+    Raises UsageError where the forward pass depends on the data, the traced program is not exactly the module, or a
+    batch norm's statistics are no mean and variance.
     """
+    if (problem := broken(module)) is not None:
+        raise UsageError(f"donor {name} cannot be lowered: {problem}: give it weights that were saved whole")
     with in_eval(module):
         lowered = _lower(module, input_shape, name, mean or (), std or ())
     lowered.program.training = module.training

@@ -14,11 +14,12 @@ from torch import nn
 from derc.amounts import Amount, amount
 from derc.batchnorm import broken, norms, reestimated
 from derc.data import Split
-from derc.errors import DercError
+from derc.errors import DercError, UsageError
 from derc.fronts import Step
 from derc.matching import Learner, Lesson, agreement
 from derc.matching_training import Training
 from derc.modules import Stitch
+from derc.passes.lower import lower
 from derc.recall import Recall
 
 SHAPE = ("NCHW", 6, 0, (4, 4)), ("NCHW", 5, 0, (4, 4))
@@ -234,6 +235,13 @@ def test_broken_batch_norms_are_named(value, words):
     assert broken(module) is None
     norms(module)["1.0"].running_var.fill_(value)
     assert broken(module).startswith("the batch norm 1.0 has") and words in broken(module)
+
+
+def test_a_donor_with_a_broken_batch_norm_is_refused_by_name():
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    norms(module)["1"].running_mean.fill_(float("nan"))
+    with pytest.raises(UsageError, match="donor bad cannot be lowered: the batch norm 1 has running statistics"):
+        lower(module, (3, 8, 8), name="bad")
 
 
 def test_fronts_that_do_not_fit_are_computed_each_time_and_the_same():
