@@ -194,3 +194,12 @@ def test_the_latency_is_measured_with_the_new_head(compiled):
     assert result["latency"]["provenance"] == "measured"
     assert all(one["cuts"][-1].endswith("NC2") for one in manifest["donors"].values())
     assert sum(p.numel() for p in derc.load(folder / "out").parameters()) == result["selected"]["params"]
+
+
+def test_grey_images_do_for_colour_donors(tmp_path, context):
+    images, labels = load_all()
+    np.savez(tmp_path / "grey.npz", x=images, y=labels // 5)
+    grey = Data.load(f"npz:{tmp_path / 'grey.npz'}", probe=64)
+    (fitted,) = with_heads([replace(context, data=grey)], "fit", Timings())
+    assert images.shape[3] == 1 and grey.probe.images.shape[3] == 3
+    assert fitted.zoo["resnet"].head.weight.shape[0] == 2
