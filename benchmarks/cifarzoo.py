@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ from derc.factories import make
 from derc.zoo import Zoo
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def shared(zoo_dir: Path | None) -> Path | None:
+    """The folder with zoo/ and data/: as given (its zoo/ will do), else DERC_SHARED, None where there is neither."""
+    folder = zoo_dir or (Path(os.environ["DERC_SHARED"]) if os.environ.get("DERC_SHARED") else None)
+    return folder.parent if folder is not None and (folder / "zoo.json").is_file() else folder
 
 
 def load_zoo(folder: Path, scratch: Path) -> Zoo:

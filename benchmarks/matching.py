@@ -9,7 +9,6 @@ and accuracy is on 1,000 others.
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import tempfile
@@ -23,19 +22,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cifarzoo
+from benchmarks.contexts import open_context
 from benchmarks.results import give
-from derc import registry
 from derc.artifacts import Assembly, BlockRef, StitchedAssembly
 from derc.assembled import assemble, live, seeded
-from derc.console import Console
 from derc.judge import correct, logits
-from derc.milp import choose
 from derc.passes.match import Match
 from derc.passes.stitch import FitStitches
 from derc.pipeline import Context
-from derc.store import Store
-from derc.target import Target
-from derc.workspace import NEGLIGIBLE, LiveDonors
 from derc.zoo import Zoo
 
 FRONT, TAIL = "akamaster_resnet56", "akamaster_resnet20"
@@ -44,14 +38,12 @@ STAGE = (32, 16, 16)
 """Shape of what the second stage gives."""
 
 
-def open_context(folder: Path) -> Context:
-    """The two networks and the images, in a store of its own."""
+def open_pair(folder: Path) -> Context:
+    """The two networks and the images."""
     data, _ = cifarzoo.load_data(folder / "data", PROBE, VALIDATION, 1, HELDOUT)
     zoo = cifarzoo.load_zoo(folder / "zoo", Path(tempfile.mkdtemp(prefix="derc-zoo-")))
     zoo = Zoo(zoo.name, tuple(donor for donor in zoo.donors if donor.name in (FRONT, TAIL)))
-    target, store = Target.load("cpu"), Store(Path(tempfile.mkdtemp(prefix="derc-matching-")))
-    engine, lowered = registry.open_engine(target.engine), LiveDonors(zoo, NEGLIGIBLE)
-    return Context(zoo, data, target, store, engine, choose("highs"), lowered, Console(quiet=True))
+    return open_context(zoo, data)
 
 
 def stitched_pair(context: Context) -> Assembly:
@@ -93,11 +85,11 @@ def rows(context: Context, shown: list[int]) -> list[dict[str, Any]]:
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write machine, protocol, rows and figures.")
 def main(zoo_dir: Path | None, images: str, output: Path | None) -> None:
     """Print accuracy for each state of the stitch."""
-    folder = zoo_dir or (Path(os.environ["DERC_SHARED"]) if os.environ.get("DERC_SHARED") else None)
+    folder = cifarzoo.shared(zoo_dir)
     if folder is None:
         raise click.UsageError("give --zoo-dir, the folder with zoo/ and data/, or set DERC_SHARED")
     torch.set_num_threads(1)
-    context = open_context(folder)
+    context = open_pair(folder)
     found = rows(context, [int(count) for count in images.split(",")])
     for row in found:
         click.echo("  ".join(f"{name} {value}" for name, value in row.items()))

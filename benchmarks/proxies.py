@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cifarzoo
+from benchmarks.contexts import open_context
 from benchmarks.coverage import machine
 from benchmarks.results import give
 from derc import layered, registry
@@ -41,22 +41,17 @@ from derc.artifacts import Array, Assembly, Consensus, StitchedAssembly
 from derc.assembled import assemble, seeded
 from derc.compiler import Analysis, analyse
 from derc.config import CompileSettings
-from derc.console import Console
 from derc.data import Data, Split
 from derc.digits import load_split
 from derc.images import resize
 from derc.judge import beliefs, columns_of, consensus, logits
 from derc.layered import Layered
 from derc.learnt import prior_loss
-from derc.milp import choose
 from derc.passes.stitch import FitStitches
 from derc.pipeline import Context, Timings
 from derc.sampling import sample
 from derc.scoring import open_proxy
 from derc.scoring.evidence import ANSWERS, Evidence, Subject, gather
-from derc.store import Store
-from derc.target import Target
-from derc.workspace import NEGLIGIBLE, LiveDonors
 from derc.zoo import Zoo
 
 ON_LABELS = ("accuracy", *(name for name in registry.PROXIES if ANSWERS in open_proxy(name).needs))
@@ -115,9 +110,7 @@ def cifar(folder: Path, quick: bool) -> World:
 
 def open_world(name: str, zoo: Zoo, data: Data, train: Split, tuning: Tuning) -> World:
     """The zoo cut and partitioned with a compile's default options, in a store of its own."""
-    target, store = Target.load("cpu"), Store(Path(tempfile.mkdtemp(prefix="derc-proxies-")))
-    engine, lowered = registry.open_engine(target.engine), LiveDonors(zoo, NEGLIGIBLE)
-    context = Context(zoo, data, target, store, engine, choose("highs"), lowered, Console(quiet=True))
+    context = open_context(zoo, data)
     return World(name, context, analyse(context, CompileSettings(), Timings()), train, tuning)
 
 
@@ -319,10 +312,10 @@ def main(
 ) -> None:
     """Judge, fine-tune, correlate; print tables, and write everything as JSON."""
     torch.set_num_threads(1)
-    shared = zoo_dir or (Path(os.environ["DERC_SHARED"]) if os.environ.get("DERC_SHARED") else None)
+    shared = cifarzoo.shared(zoo_dir)
     makers = {"digits": partial(digits, quick)}
     if shared is not None:
-        makers["cifar"] = partial(cifar, shared.parent if (shared / "zoo.json").is_file() else shared, quick)
+        makers["cifar"] = partial(cifar, shared, quick)
     rows, found, protocol = list[dict[str, Any]](), list[dict[str, Any]](), dict[str, Any]()
     for name, make in makers.items():
         if only not in (None, name):

@@ -16,7 +16,6 @@ prompted by a miss on the CIFAR zoo (docs/search.md).
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
@@ -30,6 +29,7 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import cifarzoo
 from benchmarks.curves import plot
 from benchmarks.published_search import BUDGET, METHODS, Space, Trace
 from benchmarks.search_values import CACHE, Values, World, allowed, cifar, digits
@@ -140,9 +140,9 @@ def instances(
 ) -> list[Instance]:
     """The search problems; the shared zoo only where its folder is given, and not in a quick run."""
     worlds = [digits(QUICK_DONORS, blocks=3)] if quick else [digits()] if only != "cifar" else []
-    shared = zoo_dir or (Path(os.environ["DERC_SHARED"]) if os.environ.get("DERC_SHARED") else None)
+    shared = cifarzoo.shared(zoo_dir)
     if shared is not None and not quick and only != "digits":
-        worlds.append(cifar(shared.parent if (shared / "zoo.json").is_file() else shared, CIFAR_DONORS))
+        worlds.append(cifar(shared, CIFAR_DONORS))
     found = []
     for world in worlds:
         limit, within = allowed(world, share)

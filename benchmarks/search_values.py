@@ -16,24 +16,20 @@ import numpy as np
 import torch
 
 from benchmarks import cifarzoo
-from derc import fronts, layered, registry
+from benchmarks.contexts import open_context
+from derc import fronts, layered
 from derc.artifacts import Array, Assembly, BlockRef, digest
 from derc.assembled import new_stitch
 from derc.compiler import Analysis, analyse
 from derc.config import CompileSettings
-from derc.console import Console
 from derc.data import Data
 from derc.fronts import Step
 from derc.judge import answers, columns_of
 from derc.layered import Layered
-from derc.milp import choose
 from derc.passes.score import Consult, Score
 from derc.passes.stitch import FitStitches
 from derc.pipeline import Context, Timings
 from derc.scoring.codes import Codes, Naswot, log_determinant
-from derc.store import Store
-from derc.target import Target
-from derc.workspace import NEGLIGIBLE, LiveDonors
 from derc.zoo import Zoo
 
 VALIDATION_BATCH = 64
@@ -67,9 +63,7 @@ def cifar(folder: Path, donors: tuple[str, ...] = (), blocks: int = 4) -> World:
 
 def open_world(name: str, zoo: Zoo, data: Data, blocks: int) -> World:
     """The zoo cut and partitioned with a compile's default options, in a store of its own."""
-    target, store = Target.load("cpu"), Store(Path(tempfile.mkdtemp(prefix="derc-values-")))
-    engine, lowered = registry.open_engine(target.engine), LiveDonors(zoo, NEGLIGIBLE)
-    context = Context(zoo, data, target, store, engine, choose("highs"), lowered, Console(quiet=True))
+    context = open_context(zoo, data)
     analysis = analyse(context, CompileSettings(blocks=blocks), Timings())
     graph = layered.build(analysis.cuts, analysis.partition, data.task_donors(zoo), one_per_set=True)
     return World(name, context, analysis, graph)

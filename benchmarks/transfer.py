@@ -11,7 +11,6 @@ these labels. Nothing is trained.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -27,23 +26,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cifarzoo
-from derc import registry
+from benchmarks.contexts import open_context
+from benchmarks.results import give
 from derc.artifacts import Array
 from derc.assembled import live
 from derc.compiler import Prepared, analyse, latencies, open_search
 from derc.config import CompileSettings
-from derc.console import Console
 from derc.data import Data, Split
 from derc.digits import load_all
 from derc.images import resize
 from derc.judge import logits
-from derc.milp import choose
-from derc.pipeline import Context, Timings
+from derc.pipeline import Timings
 from derc.search import Judged, Search
-from derc.store import Store
-from derc.target import Target
 from derc.transfer import with_heads
-from derc.workspace import NEGLIGIBLE, LiveDonors
 from derc.zoo import Zoo
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -91,21 +86,14 @@ def split(images: Array, labels: Array, classes: tuple[str, ...], seed: int) -> 
     ends = np.cumsum((want * min(1.0, len(images) / want.sum())).astype(int))
     parts = [Split(images[part], labels[part]) for part in np.split(order[: ends[-1]], ends[:-1])]
     probe, more, validation, heldout = parts
-    return Data("transfer", classes, probe, validation, heldout, lambda count: _first(more, count))
-
-
-def _first(part: Split, count: int) -> Split:
-    return Split(part.images[:count], None if part.labels is None else part.labels[:count])
+    return Data("transfer", classes, probe, validation, heldout, more.first)
 
 
 def prepared(task: Task, seed: int, profile_s: float) -> tuple[Prepared, CompileSettings]:
     """The task's zoo with fitted heads, analysed and profiled, in a store of its own."""
     settings = CompileSettings(seed=seed, profile_s=profile_s)
-    target, store, started = Target.load("cpu"), Store(Path(tempfile.mkdtemp(prefix="derc-transfer-"))), time.time()
-    engine, lowered = registry.open_engine(target.engine), LiveDonors(task.zoo, NEGLIGIBLE)
-    console, timings = Console(quiet=True), Timings()
-    context = Context(task.zoo, task.data, target, store, engine, choose("highs"), lowered, console, seed)
-    contexts = with_heads([context], "auto", timings)
+    started, timings = time.time(), Timings()
+    contexts = with_heads([open_context(task.zoo, task.data, seed)], "auto", timings)
     analysis = analyse(contexts[0], settings, timings)
     tables = tuple(latencies(one, analysis, settings, timings) for one in contexts)
     heads = task.data.task_donors(contexts[0].zoo)
@@ -191,7 +179,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Two tasks, two budgets, one seed, fewer evaluations.")
-@click.option("--zoo-dir", default=os.environ.get("DERC_SHARED"), type=click.Path(path_type=Path))
+@click.option("--zoo-dir", type=click.Path(path_type=Path), help="Folder with zoo/ and data/; or DERC_SHARED.")
 @click.option("--evaluations", type=int, default=16, show_default=True, help="Assemblies at each budget.")
 @click.option("--seeds", type=int, default=1, show_default=True)
 @click.option("--profile-s", type=float, default=10.0, show_default=True)
@@ -204,7 +192,7 @@ def main(
     rows: list[dict[str, Any]] = []
     start = time.time()
     for seed in range(1 if quick else seeds):
-        for task in tasks(zoo_dir, seed, quick=quick):
+        for task in tasks(cifarzoo.shared(zoo_dir), seed, quick=quick):
             ready, settings = prepared(task, seed, 4.0 if quick else profile_s)
             macs = [sum(unit.macs for unit in donor.units) for donor in ready.analysis.cuts.donors.values()]
             for share in QUICK_QUANTILES if quick else QUANTILES:
@@ -223,10 +211,7 @@ def main(
         "seconds": round(time.time() - start),
     }
     print(table(rows))
-    print(json.dumps(figures(rows), indent=1))
-    if output:
-        result = {"machine": machine, "protocol": protocol, "rows": rows, "figures": figures(rows)}
-        output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    give({"machine": machine, "protocol": protocol, "rows": rows, "figures": figures(rows)}, output)
 
 
 if __name__ == "__main__":

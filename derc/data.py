@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,10 @@ class Split:
             labels = None if self.labels is None else torch.from_numpy(self.labels[start : start + size])
             yield _pixels(self.images[start : start + size]), labels
 
+    def first(self, count: int) -> Split:
+        """At most `count` images, from the beginning."""
+        return Split(self.images[:count], None if self.labels is None else self.labels[:count])
+
     def take(self, numbers: Tensor) -> Tensor:
         """The images of these numbers: (n, C, H, W) float32 in [0, 1]."""
         return _pixels(self.images[numbers.numpy()])
@@ -83,7 +87,7 @@ class Data:
         if count not in self._trainings:
             wanted = count - len(self.probe)
             more = self.more(wanted) if wanted > 0 and self.more else None
-            self._trainings[count] = _joined(self.probe, more) if more else _first(self.probe, count)
+            self._trainings[count] = _joined(self.probe, more) if more else self.probe.first(count)
         return self._trainings[count]
 
     def digest(self) -> str:
@@ -112,13 +116,12 @@ class Data:
         if spec == "digits":
             classes, parts = digits_splits()
             splits = [Split(resize(images, input_size), labels) for images, labels in parts]
-            return cls("digits", classes, _first(splits[0], probe), splits[1], splits[2], _digits_left(input_size))
+            return cls("digits", classes, splits[0].first(probe), splits[1], splits[2], _digits_left(input_size))
         source = _source(spec, input_size, track)
-        shares = split_indices(source.labels, source.count, probe, seed)
+        *shares, rest = _shares(source.labels, source.count, probe, seed)
         if len(shares[0]) < LEAST_PROBES:
             raise UsageError(f"{spec} has {source.count} images, at least {2 * LEAST_PROBES} are needed to split them")
-        rest = rest_indices(source.labels, source.count, probe, seed)
-        more = cache(lambda count: _read(source, rest[:count])) if len(rest) else None
+        more = (lambda count: _read(source, rest[:count])) if len(rest) else None
         first, second, third = (_read(source, share) for share in shares)
         return cls(spec, source.classes, first, second, third, more)
 
@@ -166,18 +169,22 @@ def split_indices(labels: Array | None, count: int, probe: int, seed: int) -> tu
 
     Probe gets min(probe, count // 2); the other two halve the rest, at most LARGEST_SPLIT each.
     """
-    order = _interleaved(labels, count, np.random.default_rng(seed))
-    first = min(probe, count // 2)
-    rest = order[first:]
-    half = len(rest) // 2
-    return order[:first], rest[:half][:LARGEST_SPLIT], rest[half:][:LARGEST_SPLIT]
+    first, second, third, _ = _shares(labels, count, probe, seed)
+    return first, second, third
 
 
 def rest_indices(labels: Array | None, count: int, probe: int, seed: int) -> Array:
     """The images that `split_indices` leaves over, in an order that keeps the classes' shares."""
+    return _shares(labels, count, probe, seed)[-1]
+
+
+def _shares(labels: Array | None, count: int, probe: int, seed: int) -> tuple[Array, Array, Array, Array]:
+    """What `split_indices` gives, and what it leaves over."""
     order = _interleaved(labels, count, np.random.default_rng(seed))
-    taken = np.concatenate(split_indices(labels, count, probe, seed))
-    return order[~np.isin(order, taken)]
+    first = min(probe, count // 2)
+    half, limit = (count - first) // 2, LARGEST_SPLIT
+    second, third = order[first : first + half], order[first + half :]
+    return order[:first], second[:limit], third[:limit], np.concatenate([second[limit:], third[limit:]])
 
 
 def _interleaved(labels: Array | None, count: int, rng: np.random.Generator) -> Array:
@@ -191,10 +198,6 @@ def _interleaved(labels: Array | None, count: int, rng: np.random.Generator) -> 
         place[members] = (np.arange(len(members)) + rng.random()) / len(members)
     found: Array = np.argsort(place, kind="stable")
     return found
-
-
-def _first(split: Split, count: int) -> Split:
-    return Split(split.images[:count], None if split.labels is None else split.labels[:count])
 
 
 def _joined(one: Split, other: Split) -> Split:
