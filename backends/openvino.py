@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -54,6 +55,17 @@ HINTS = {"": "f32", "bf16": "bf16"}
 MEMBERS = ("model.xml", "model.bin")
 NO_NODES = ("Const", "Input", "Output")
 BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, ValueError)
+
+
+@cache
+def _core() -> openvino.Core:
+    """One for the whole process, never released.
+
+    The CPU plugin gives its thread an alternate signal stack, and unmaps it when it is unloaded; where two are unloaded
+    in the order in which they were loaded, or one by another thread, the next handled signal finds no stack and the
+    process dies (seen with 2026.4).
+    """
+    return openvino.Core()
 
 
 class OpenVinoSession:
@@ -129,7 +141,7 @@ class OpenVino:
         if variant not in HINTS:
             known = ", ".join(f"openvino:{name}" for name in HINTS if name)
             raise UsageError(f"unknown variant openvino:{variant}, known: openvino, {known}{suggest(variant, HINTS)}")
-        self._core = openvino.Core()
+        self._core = _core()
         if variant == "bf16" and "BF16" not in self._core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"):
             raise MissingDependencyError(
                 f"{self._device} does not compute in bfloat16: use openvino, or a processor with AVX512_BF16 or AMX"

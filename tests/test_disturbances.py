@@ -11,6 +11,7 @@ import pytest
 
 from derc.disturbances import check_quiet, of_gpu, of_processor, others_cores
 from derc.target import Target
+from derc.threads import cores
 
 
 class NoCounterError(Exception):
@@ -70,8 +71,13 @@ def test_other_work_is_said_and_no_error():
 
 
 def test_other_processes_are_seen_and_derc_s_own_work_is_not():
-    before = others_cores()
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
-        during = others_cores()
-        other.kill()
-    assert during > before + 0.3
+    for _ in range(10):
+        before = others_cores()
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+            during = others_cores()
+            other.kill()
+        if during > before + 0.3:
+            return
+    if before > cores() - 0.5:
+        pytest.skip("other work takes all cores as it is")
+    pytest.fail(f"a busy process is not seen: {before} cores before, {during} with it")

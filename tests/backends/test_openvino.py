@@ -61,10 +61,30 @@ def test_bf16_is_refused_where_the_processor_lacks_it(monkeypatch):
         def get_property(self, device, name):
             return {"OPTIMIZATION_CAPABILITIES": ["FP32", "INT8"], "FULL_DEVICE_NAME": "An old CPU "}[name]
 
-    monkeypatch.setattr("derc.backends.openvino.openvino.Core", Core)
+    monkeypatch.setattr("derc.backends.openvino._core", Core)
     with pytest.raises(MissingDependencyError, match="An old CPU does not compute in bfloat16: use openvino"):
         OpenVino(variant="bf16")
     assert OpenVino().precisions == ("fp32", "int8")
+
+
+SIGNALLED = """
+import gc, os, signal
+from derc.backends.openvino import OpenVino
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+first = OpenVino(threads=1).describe()
+engines = [OpenVino(threads=1), OpenVino(threads=1)]
+[engine.describe() for engine in engines]
+while engines:
+    engines.pop(0)
+    gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_signals_are_handled_when_engines_are_gone():
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", SIGNALLED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_more_threads_than_openvino_takes_are_refused(engine):
