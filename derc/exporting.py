@@ -21,6 +21,7 @@ from derc.mode import in_eval
 from derc.onnxdonor.opaque import OnnxNode
 
 OPSET = 18
+CLAMPS = (torch.clamp, torch.clamp_, torch.clip, torch.clip_, Tensor.clamp, Tensor.clamp_, Tensor.clip, Tensor.clip_)
 
 
 class Chain(nn.Module):
@@ -74,6 +75,26 @@ def _on_four_axes(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-3:])
 
 
+class EqualBounds(TorchFunctionMode):
+    """Clamping between an integer and a real number, between two real ones: the exporter knows no mixed bounds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func not in CLAMPS:
+            return func(*args, **given)
+        bounds = [*args[1:], *(given.get(name) for name in ("min", "max"))]
+        if any(isinstance(bound, float) for bound in bounds):
+            args = (args[0], *map(_real, args[1:])) if args else args
+            given = {name: _real(value) if name in ("min", "max") else value for name, value in given.items()}
+        return func(*args, **given)
+
+
+def _real(bound: Any) -> Any:
+    return float(bound) if isinstance(bound, int) else bound
+
+
 def versions() -> dict[str, str]:
     """What can change an export besides the network and derc's own code."""
     return {name: version(name) for name in ("torch", "onnx", "onnxscript")} | {"opset": str(OPSET)}
@@ -96,7 +117,7 @@ def export(
     given = examples if isinstance(examples, tuple) else (examples,)
     inputs = tuple(x.clone() for x in given)  # torch makes one input of a tensor that is given twice
     try:
-        with in_eval(module), _quiet(), torch.no_grad(), FlatAttention():
+        with in_eval(module), _quiet(), torch.no_grad(), FlatAttention(), EqualBounds():
             program = torch.onnx.export(
                 module,
                 inputs,

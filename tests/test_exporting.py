@@ -226,3 +226,54 @@ def test_joined_slices_are_the_whole():
     assert joined == join(parts)
     with pytest.raises(DercError, match="not one input and one output"):
         join([model])
+
+
+CLAMPS = {
+    "method": lambda x: x.clamp(0, 127 / 128),
+    "function": lambda x: torch.clamp(x, min=-1, max=0.5),
+    "keyword": lambda x: torch.clip(input=x, min=-0.5, max=1),
+    "alias": lambda x: x.clip(-1, 0.3),
+    "in place": lambda x: (x + 0).clamp_(0, 0.7),
+    "one bound": lambda x: x.clamp(min=0),
+    "unbounded": lambda x: x.clamp(0, float("inf")),
+    "integers": lambda x: (x * 9).long().clamp(0, 5).float(),
+    "rounded": lambda x: (x * 9).long().clamp(0, 2.5),
+}
+
+
+class Clamped(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return CLAMPS[self.name](x)
+
+
+@pytest.mark.parametrize("name", CLAMPS)
+def test_bounds_of_two_types_export_to_the_bit(name):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 4)
+    got = run(export(Clamped(name), x, ["y"]), x.numpy())
+    want = Clamped(name)(x).numpy()
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_network_that_clamps_between_an_integer_and_a_real_number_is_cut_and_exported():
+    torch.manual_seed(0)
+    parts = [
+        nn.Conv2d(3, 8, 3),
+        Clamped("method"),
+        nn.Conv2d(8, 8, 3),
+        Clamped("alias"),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    ]
+    network = nn.Sequential(*parts).eval()
+    lowered = derc.lower(network, (3, 12, 12))
+    units = [lowered.block(i, i + 1) for i in range(len(lowered.units))]
+    x = torch.rand(2, 3, 12, 12)
+    slicer = Slicer(chain(units, x))
+    got = run(slicer.slice(("cut_0",), (f"cut_{len(units)}",)), x.numpy())
+    np.testing.assert_allclose(got, network(x).detach(), atol=1e-5)
