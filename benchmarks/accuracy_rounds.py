@@ -1,0 +1,135 @@
+"""A budget of a seed: every network that is compared there, trained and judged, each once for all budgets.
+
+What an assembly has seen when it is judged, in training images: stage 1 none, stage 2 one pass without labels, stage 3
+another pass with labels and frozen blocks, stage 4 `epochs` passes on the network of stage 2. Baselines see as many:
+where the assembly is matched, random stitches and the paper's network get a pass with labels and frozen blocks, and a
+donor, a student and a network from scratch one epoch more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from benchmarks import cifarzoo
+from benchmarks.accuracy_choices import Choice, choose, kept, short
+from benchmarks.accuracy_networks import FROZEN, Lesson, Net, judged, paper_net, random_net, stitched_net, teach
+from benchmarks.accuracy_world import Row, World
+from derc.artifacts import Assembly, StitchedAssembly
+from derc.training.teacher import teacher_of
+
+ASSEMBLY = ("stage1", "stage2", "stage3", "stage4", "random1", "random3", "random4", "scratch")
+PAPER = ("paper1", "paper2", "paper3", "paper4")
+DONOR = ("donor1", "donor4", "distilled")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One seed's networks; each is kept in the work folder under seed, network and name."""
+
+    world: World
+    seed: int
+
+    def row(self, budget: float) -> Row | None:
+        """Everything that is known at a budget, None where no donor is fast enough."""
+        choice = choose(self.world, self.seed, budget)
+        if choice is None:
+            return None
+        found: Row = {"seed": self.seed, "budget_ms": budget, **choice.row}
+        found["tail_intact"] = self.judge_donor(choice.row.get("tail") or choice.donor)["heldout"]
+        costs: dict[str, Row] = {}
+        for name, item in self.items(choice):
+            found |= {name: item["heldout"], f"{name}_validation": item["validation"]}
+            costs[name] = {"seconds": item["seconds"], "images": item["images"]}
+        return found | {"costs": costs}
+
+    def items(self, choice: Choice) -> list[tuple[str, Row]]:
+        """Every network of a choice that there is."""
+        found = [(name, self.donor_item(name, choice)) for name in DONOR]
+        if choice.assembly is not None:
+            found += [(name, self.assembly_item(name, choice.assembly)) for name in ASSEMBLY]
+        if choice.paper is not None:
+            found += [(name, self.paper_item(name, choice.paper)) for name in PAPER]
+        return found
+
+    def donor_item(self, name: str, choice: Choice) -> Row:
+        """The best intact donor as it is, tuned, or taught by the zoo's best donor too."""
+        if name == "donor1":
+            return self.judge_donor(choice.donor)
+        lesson = Lesson("donor", self.world.size.epochs + 1, self.seed)
+        if name == "distilled":
+            lesson = replace(lesson, teacher=teacher_of(self.world.zoo[choice.best], cifarzoo.CLASSES))
+        return self.item(f"{choice.donor}-{name}", lambda: self.donor_net(choice.donor), lesson)
+
+    def judge_donor(self, donor: str) -> Row:
+        return self.item(f"{donor}-donor1", lambda: self.donor_net(donor))
+
+    def donor_net(self, donor: str) -> Net:
+        whole = Assembly(self.world.analysis.partition.blocks[donor])
+        return stitched_net(StitchedAssembly(whole, (), ()), self.world.lowered)
+
+    def assembly_item(self, name: str, assembly: Assembly) -> Row:
+        """One state of an assembly, or of the same blocks with random stitches or weights."""
+        world, epochs, key = self.world, self.world.size.epochs, short(assembly)
+        match name:
+            case "stage1" | "stage2":
+                return self.item(f"{key}-{name}", lambda: self.stitched(assembly, name))
+            case "stage3":
+                return self.item(f"{key}-{name}", lambda: self.stitched(assembly, "stage2"), self.frozen())
+            case "stage4":
+                lesson = Lesson("assembly", epochs, self.seed)
+                return self.item(f"{key}-{name}", lambda: self.stitched(assembly, "stage2"), lesson)
+            case "random1":
+                return self.item(f"{key}-{name}", lambda: random_net(assembly, world.lowered, self.seed))
+            case "random3":
+                start = random_net
+                return self.item(f"{key}-{name}", lambda: start(assembly, world.lowered, self.seed), self.frozen())
+            case "random4":
+                lesson = Lesson("random", epochs, self.seed)
+                net = random_net(assembly, world.lowered, self.seed)
+                return self.item(f"{key}-{name}", lambda: self.loaded(net, f"{key}-random3"), lesson)
+            case _:
+                lesson = Lesson("scratch", epochs + 1, self.seed)
+                return self.item(f"{key}-{name}", lambda: random_net(assembly, world.fresh, self.seed), lesson)
+
+    def paper_item(self, name: str, assembly: Assembly) -> Row:
+        """The paper's network after as many training images as the assembly at the same stage."""
+        key, before = short(assembly), {"paper3": "paper2", "paper4": "paper2"}.get(name)
+        lessons = {
+            "paper2": self.frozen(),
+            "paper3": self.frozen(),
+            "paper4": Lesson("paper", self.world.size.epochs, self.seed),
+        }
+
+        def start() -> Net:
+            net = paper_net(assembly, self.world.lowered, self.world.fresh, self.seed)
+            return net if before is None else self.loaded(net, f"{key}-{before}")
+
+        return self.item(f"{key}-{name}", start, lessons.get(name))
+
+    def frozen(self) -> Lesson:
+        return Lesson(FROZEN, 1, self.seed)
+
+    def stitched(self, assembly: Assembly, stage: str) -> Net:
+        return stitched_net(kept(self.world, self.seed, stage, assembly), self.world.lowered)
+
+    def loaded(self, net: Net, key: str) -> Net:
+        """The network with the weights that an earlier training left."""
+        self.world.work.load(f"{self.seed}-{key}", net.network)
+        return net
+
+    def item(self, key: str, start: Callable[[], Net], lesson: Lesson | None = None) -> Row:
+        """A network from its start through its lesson, if any, and what it is worth."""
+        work, data, size = self.world.work, self.world.context(self.seed).data, self.world.size
+        name = f"{self.seed}-{key}"
+
+        def make() -> Row:
+            net, cost = start(), {"images": 0, "seconds": 0.0, "kept": "as it was"}
+            if lesson is not None:
+                trained = teach(net, data, size.train, lesson)
+                cost = {"images": trained.images, "seconds": trained.seconds, "kept": trained.kept}
+                if key.endswith(("random3", "paper2")):
+                    work.save(name, net.network)
+            return {**cost, **judged(net.network, data.validation, data.heldout)}
+
+        return work.row(name, make)

@@ -1,0 +1,153 @@
+"""What all seeds of the accuracy benchmark share: the analysed zoo, latencies, budgets, and what is kept on file."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from filelock import FileLock
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from benchmarks.accuracy_zoo import Images, Size, load_zoo
+from benchmarks.contexts import open_context
+from derc.artifacts import CutZoo, EmbeddedZoo, LatencyTable, LoweredZoo, Partition, decode, encode
+from derc.compiler import Analysis, Prepared, analyse, latencies
+from derc.config import CompileSettings
+from derc.pipeline import Context, Timings
+from derc.store import Store
+from derc.workspace import NEGLIGIBLE, LiveDonors
+from derc.zoo import Zoo
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A folder in which everything that was computed stays; whatever is there is not computed again."""
+
+    folder: Path
+
+    def row(self, key: str, make: Callable[[], Row]) -> Row:
+        """The row of this key; `seconds`, unless the row has them, are those of making it."""
+        path = self.folder / "rows" / f"{key}.json"
+        if not path.is_file():
+            start = time.perf_counter()
+            row = make()
+            whole(path, lambda part: part.write_text(json.dumps({"seconds": time.perf_counter() - start, **row})))
+        found: Row = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def artifact(self, key: str, kind: type[T], make: Callable[[], T]) -> T:
+        """An artifact of derc's, as text and arrays."""
+        path = self.folder / "artifacts" / f"{key}.json"
+        if not path.is_file():
+            text, arrays = encode(make())
+            whole(path.with_suffix(".safetensors"), lambda part: save_arrays(arrays, part))
+            whole(path, lambda part: part.write_text(text))
+        return decode(kind, path.read_text(encoding="utf-8"), load_arrays(path.with_suffix(".safetensors")))
+
+    def save(self, key: str, network: nn.Module) -> None:
+        """Keep a network's weights."""
+        state = {name: value.contiguous() for name, value in network.state_dict().items()}
+        whole(self.folder / "states" / f"{key}.safetensors", lambda part: save_file(state, part))
+
+    def load(self, key: str, network: nn.Module) -> None:
+        """Give a network the weights that were kept."""
+        network.load_state_dict(load_file(self.folder / "states" / f"{key}.safetensors"))
+
+    @property
+    def lock(self) -> FileLock:
+        """Held while what all seeds share is made."""
+        return FileLock(self.folder / "lock")
+
+
+def whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    write(part)
+    part.replace(path)
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """The zoo with its analysis, latency table and budgets in ms; `fresh` are the donors without their weights."""
+
+    work: Work
+    size: Size
+    images: Images
+    zoo: Zoo
+    analysis: Analysis
+    table: LatencyTable
+    budgets: tuple[float, ...]
+    lowered: LiveDonors
+    fresh: LiveDonors
+
+    @property
+    def fastest(self) -> float:
+        return min(latency.ms for latency in self.table.donors.values())
+
+    @property
+    def slowest(self) -> float:
+        return max(latency.ms for latency in self.table.donors.values())
+
+    @cache  # noqa: B019 one world a process
+    def prepared(self, seed: int) -> Prepared:
+        """A seed's images with the shared analysis and latencies; what passes compute is kept in the work folder."""
+        context = replace(
+            open_context(self.zoo, self.images.drawn(self.size, seed), seed),
+            lowered=self.lowered,
+            store=Store(self.work.folder / "store"),
+        )
+        heads = context.data.task_donors(self.zoo)
+        return Prepared((context,), heads, self.analysis, (self.table,), Timings(), time.perf_counter())
+
+    def context(self, seed: int) -> Context:
+        return self.prepared(seed).contexts[0]
+
+
+def open_world(shared: Path, folder: Path, size: Size, budgets: int) -> World:
+    """Train the benchmark's own donors, analyse and profile the zoo, or take all that from the work folder."""
+    work, images = Work(folder), Images.load(shared)
+    folder.mkdir(parents=True, exist_ok=True)
+    with work.lock:
+        zoo = load_zoo(shared, folder, size, images)
+        live = LiveDonors(zoo, NEGLIGIBLE)
+        context = replace(open_context(zoo, images.analysis(size)), lowered=live, store=Store(folder / "store"))
+        analysis, table = shared_artifacts(work, context, size)
+    fresh = Zoo("fresh", tuple(replace(donor, weights=None) for donor in zoo.donors))
+    limits = spaced(table, budgets)
+    return World(work, size, images, zoo, analysis, table, limits, live, LiveDonors(fresh, NEGLIGIBLE))
+
+
+def shared_artifacts(work: Work, context: Context, size: Size) -> tuple[Analysis, LatencyTable]:
+    """The analysis and the latency table; made once, so that a run that goes on has the same budgets."""
+    timings, settings = Timings(), CompileSettings(profile_s=size.profile_s)
+    made = cache(lambda: analyse(context, settings, timings))
+    analysis = Analysis(
+        work.artifact("lowered", LoweredZoo, lambda: made().lowered),
+        work.artifact("cuts", CutZoo, lambda: made().cuts),
+        work.artifact("embedded", EmbeddedZoo, lambda: made().embedded),
+        work.artifact("partition", Partition, lambda: made().partition),
+    )
+    table = work.artifact(
+        "table", LatencyTable, lambda: replace(latencies(context, analysis, settings, timings), samples={})
+    )
+    return analysis, table
+
+
+def spaced(table: LatencyTable, count: int) -> tuple[float, ...]:
+    """So many budgets in even ratios between the fastest and the slowest donor, neither of which is one."""
+    known = [latency.ms for latency in table.donors.values()]
+    return tuple(round(float(ms), 5) for ms in np.geomspace(min(known), max(known), count + 2)[1:-1])

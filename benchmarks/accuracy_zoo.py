@@ -1,0 +1,163 @@
+"""Donors and images of the accuracy benchmark: public CIFAR-10 networks, three trained here, and disjoint splits.
+
+Of `x_train`, the first 512 images show the donors' values to the analysis, the next 4,000 train the benchmark's own
+donors (the last tenth of these chooses their state), and every seed draws its probe, training and validation images
+from the 5,488 that are left. Held out are the first images of `x_test`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from benchmarks import cifarzoo
+from derc.artifacts import Array
+from derc.data import Data, Split
+from derc.donor import Donor
+from derc.modules import Normalize
+from derc.training import TrainOptions, train
+from derc.zoo import Zoo
+
+ANALYSIS, OWN = 512, 4000
+"""Images of `x_train` that show the donors' values to the analysis, and that train the benchmark's own donors."""
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything: numbers of images, `evaluations` of a search, networks that are `matched`, epochs."""
+
+    donors: tuple[str, ...]
+    probe: int = 512
+    train: int = 3000
+    validation: int = 1000
+    heldout: int = 2000
+    evaluations: int = 12
+    matched: int = 2
+    swaps: int = 24
+    own_epochs: int = 10
+    profile_s: float | None = None
+    epochs: int = 1
+
+
+PUBLIC = {
+    "akamaster_resnet20": "residual network",
+    "akamaster_resnet32": "residual network",
+    "vainf_resnet56_pruned": "residual network",
+    "mlperftiny_resnet8": "residual network",
+    "mlperftiny_resnet8_large": "residual network",
+    "ai85_nascifarnet": "plain convolutions, no norms",
+    "tiniest": "gated depthwise blocks, layer norm",
+}
+"""Networks of other authors and their families; a network that cannot be exported is left out."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network that the benchmark trains itself."""
+
+    family: str
+    factory: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+RECIPES = {
+    "own_mobilenet": Recipe(
+        "inverted residuals",
+        "torchvision:mobilenet_v2",
+        {
+            "num_classes": 10,
+            "inverted_residual_setting": [[1, 16, 1, 1], [4, 24, 2, 1], [4, 32, 2, 2], [4, 64, 1, 2]],
+        },
+    ),
+    "own_vit": Recipe(
+        "vision transformer",
+        "timm:vit_tiny_patch16_224",
+        {"num_classes": 10, "img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2},
+    ),
+    "own_mixer": Recipe(
+        "token mixer",
+        "timm.models.mlp_mixer:MlpMixer",
+        {"num_classes": 10, "img_size": 32, "patch_size": 4, "embed_dim": 64, "num_blocks": 4},
+    ),
+}
+FAMILIES = PUBLIC | {name: recipe.family for name, recipe in RECIPES.items()}
+FULL = Size(tuple(FAMILIES))
+QUICK = Size(
+    ("akamaster_resnet20", "mlperftiny_resnet8", "own_mobilenet", "own_vit"),
+    probe=128,
+    train=640,
+    validation=400,
+    heldout=500,
+    evaluations=4,
+    matched=1,
+    swaps=6,
+    own_epochs=2,
+    profile_s=12.0,
+)
+
+
+@dataclass(frozen=True)
+class Images:
+    """All images of the shared folder, uint8 (N, 32, 32, 3), and their labels."""
+
+    train: Split
+    test: Split
+
+    @classmethod
+    def load(cls, folder: Path) -> Images:
+        with np.load(folder / "data" / "cifar10.npz", allow_pickle=False) as arrays:
+            parts = [(arrays[f"x_{name}"], arrays[f"y_{name}"].astype(np.int64).ravel()) for name in ("train", "test")]
+        return cls(*(Split(x, y) for x, y in parts))
+
+    def analysis(self, size: Size) -> Data:
+        """Images for the analysis and the latencies, which are made once; nothing is chosen on them."""
+        probe, own = self.train.first(min(ANALYSIS, size.probe)), _part(self.train, np.arange(ANALYSIS, ANALYSIS + 100))
+        return Data("analysis", cifarzoo.CLASSES, probe, own, own)
+
+    def own(self) -> tuple[Split, Split]:
+        """Training and validation images of the benchmark's own donors."""
+        order, last = np.arange(ANALYSIS, ANALYSIS + OWN), OWN - OWN // 10
+        return _part(self.train, order[:last]), _part(self.train, order[last:])
+
+    def drawn(self, size: Size, seed: int) -> Data:
+        """A seed's splits; `training(n)` gives the probes and then training images, which `more` gives alone."""
+        order = ANALYSIS + OWN + np.random.default_rng(seed).permutation(len(self.train) - ANALYSIS - OWN)
+        ends = np.cumsum([size.probe, size.train, size.validation])
+        probe, train, validation = (_part(self.train, part) for part in np.split(order[: ends[-1]], ends[:-1]))
+        return Data(f"seed{seed}", cifarzoo.CLASSES, probe, validation, self.test.first(size.heldout), train.first)
+
+
+def _part(split: Split, numbers: Array) -> Split:
+    return Split(split.images[numbers], None if split.labels is None else split.labels[numbers])
+
+
+def load_zoo(shared: Path, work: Path, size: Size, images: Images) -> Zoo:
+    """The donors that `size` names; those of the benchmark are trained first where `work` does not have them."""
+    (work / "donors").mkdir(parents=True, exist_ok=True)
+    public = cifarzoo.load_zoo(shared / "zoo", work / "donors")
+    own = [own_donor(name, RECIPES[name], work / "donors", size, images) for name in size.donors if name in RECIPES]
+    return Zoo("accuracy", (*(one for one in public.donors if one.name in size.donors), *own))
+
+
+def own_donor(name: str, recipe: Recipe, folder: Path, size: Size, images: Images) -> Donor:
+    """A network of the benchmark with its weights."""
+    path = folder / f"{name}-{size.own_epochs}.safetensors"
+    donor = Donor(
+        name, recipe.factory, recipe.kwargs, mean=MEAN, std=STD, labels=cifarzoo.CLASSES, licence="Apache-2.0"
+    )
+    if not path.is_file():
+        network = nn.Sequential(Normalize(MEAN, STD), donor.build()).to(memory_format=torch.channels_last)
+        options = TrainOptions(epochs=size.own_epochs, batch=32, lr=2e-3, augment="flip,crop=4", allow_worse=True)
+        train(network, *images.own(), options)
+        state = {key: value.contiguous() for key, value in network[1].state_dict().items()}
+        save_file(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    return Donor(**{**donor.__dict__, "weights": path})
