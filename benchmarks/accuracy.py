@@ -114,16 +114,19 @@ def main(
     start = time.perf_counter()
     try:
         world = open_world(shared, work / f"{'quick' if quick else 'full'}-{size.epochs}", size, budgets)
-        rows = measured(world, list(range(seeds)) if seed_only is None else [seed_only])
+        chosen = list(range(seeds)) if seed_only is None else [seed_only]
+        rows = measured(world, chosen)
+        donors = [row for seed in chosen for row in Round(world, seed).donors()]
     except DercError as error:
         raise click.ClickException(str(error)) from error
-    found = figures(rows, world.fastest, world.slowest)
+    ends = world.fastest, world.slowest
+    found = figures(rows, donors, ends)
     print(table(rows), costs(rows), sep="\n\n")
     if folder is not None:
-        for name, text in plots(rows, world.fastest, world.slowest).items():
+        for name, text in plots(rows, ends).items():
             (folder / name).write_text(text, encoding="utf-8")
     told = protocol(world, seeds) | {"seconds": round(time.perf_counter() - start)}
-    give({"machine": machine(), "protocol": told, "rows": rows, "figures": found}, output)
+    give({"machine": machine(), "protocol": told, "rows": rows, "donors": donors, "figures": found}, output)
 
 
 if __name__ == "__main__":

@@ -83,13 +83,15 @@ def points(rows: Iterable[Row], name: str, latency: str) -> list[Point]:
     return list(dict.fromkeys((row[latency], row[f"{name}_validation"], row[name]) for row in there))
 
 
-def volume_gain(rows: Sequence[Row], stage: str, donor: str, fastest: float, slowest: float) -> float:
-    """Points of the front's area that assemblies add, mean over seeds."""
-    found = []
+def volume_gain(rows: Sequence[Row], donors: Sequence[Row], names: tuple[str, str], ends: tuple[float, float]) -> float:
+    """Points of the front's area between two latencies that assemblies add to donors, mean over seeds.
+
+    `names` are the state of the assemblies and that of the donors.
+    """
+    found, (fastest, slowest) = [], ends
     for seed in sorted({row["seed"] for row in rows}):
-        mine = [row for row in rows if row["seed"] == seed]
-        without = points(mine, donor, "donor_ms")
-        both = without + points(mine, stage, "assembly_ms")
+        without = points((row for row in donors if row["seed"] == seed), names[1], "donor_ms")
+        both = without + points((row for row in rows if row["seed"] == seed), names[0], "assembly_ms")
         found.append(100 * (area(both, fastest, slowest) - area(without, fastest, slowest)))
     return mean(found) if found else 0.0
 
@@ -104,8 +106,8 @@ def paper_wins(rows: Sequence[Row]) -> float:
     )
 
 
-def figures(rows: Sequence[Row], fastest: float, slowest: float) -> dict[str, float]:
-    """All of them; shares are over budgets and seeds, points are percentage points held out."""
+def figures(rows: Sequence[Row], donors: Sequence[Row], ends: tuple[float, float]) -> dict[str, float]:
+    """All of them, for budgets between two latencies; shares are over budgets and seeds, points are held out."""
     worst, seeds = shortfall(rows, "stage4", "donor4")
     by_budget = gains(rows, "stage4", "donor4").values()
     lost = [row for row in rows if row.get("stage1") is not None and row["stage1"] <= row["donor1"]]
@@ -120,8 +122,8 @@ def figures(rows: Sequence[Row], fastest: float, slowest: float) -> dict[str, fl
         "stage4_worst_shortfall": worst,
         "stage4_worst_spread": seeds,
         "stage4_below_by_more_than_spread": sum(-mean(gain) > spread(gain) for gain in by_budget),
-        "hypervolume_gain": volume_gain(rows, "stage4", "donor4", fastest, slowest),
-        "hypervolume_gain_as_compiled": volume_gain(rows, "stage1", "donor1", fastest, slowest),
+        "hypervolume_gain": volume_gain(rows, donors, ("stage4", "donor4"), ends),
+        "hypervolume_gain_as_compiled": volume_gain(rows, donors, ("stage1", "donor1"), ends),
         "paper_protocol_wins": paper_wins(rows),
         **{f"paper_protocol_wins_{stage}": wins(rows, stage, other) for stage, other in PAPER.items()},
         **{f"stage4_wins_{other}": wins(rows, "stage4", other) for other in ("random4", "scratch", "distilled")},

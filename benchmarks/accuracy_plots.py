@@ -26,11 +26,11 @@ TRAINED = ("stage4", "donor4", "distilled", "random4", "paper4", "scratch")
 UNTRAINED = ("stage1", "stage2", "stage3", "stage4", "donor1", "donor4")
 
 
-def plots(rows: Sequence[Row], fastest: float, slowest: float) -> dict[str, str]:
+def plots(rows: Sequence[Row], ends: tuple[float, float]) -> dict[str, str]:
     """File names and their SVG: the stages beside the donors, and everything at equal training."""
     return {
-        "accuracy_stages.svg": plot(rows, UNTRAINED, (fastest, slowest), "stages and the best intact donor"),
-        "accuracy_trained.svg": plot(rows, TRAINED, (fastest, slowest), "everything after as many images shown"),
+        "accuracy_stages.svg": plot(rows, UNTRAINED, ends, "stages and the best intact donor"),
+        "accuracy_trained.svg": plot(rows, TRAINED, ends, "everything after as many images shown"),
     }
 
 

@@ -9,7 +9,9 @@ donor, a student and a network from scratch one epoch more.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from torch import nn
 
 from benchmarks import cifarzoo
 from benchmarks.accuracy_choices import Choice, choose, kept, short
@@ -43,6 +45,18 @@ class Round:
             costs[name] = {"seconds": item["seconds"], "images": item["images"]}
         return found | {"costs": costs}
 
+    def donors(self) -> list[Row]:
+        """The intact donors than which no faster one is better on the validation images, as they are and tuned."""
+        found, best = list[Row](), -1.0
+        for name, latency in sorted(self.world.table.donors.items(), key=lambda one: one[1].ms):
+            item = self.judge_donor(name)
+            if item["validation"] > best:
+                best, row = item["validation"], {"seed": self.seed, "donor": name, "donor_ms": latency.ms}
+                for state, one in (("donor1", item), ("donor4", self.tuned(name))):
+                    row |= {state: one["heldout"], f"{state}_validation": one["validation"]}
+                found.append(row)
+        return found
+
     def items(self, choice: Choice) -> list[tuple[str, Row]]:
         """Every network of a choice that there is."""
         found = [(name, self.donor_item(name, choice)) for name in DONOR]
@@ -56,10 +70,16 @@ class Round:
         """The best intact donor as it is, tuned, or taught by the zoo's best donor too."""
         if name == "donor1":
             return self.judge_donor(choice.donor)
-        lesson = Lesson("donor", self.world.size.epochs + 1, self.seed)
-        if name == "distilled":
-            lesson = replace(lesson, teacher=teacher_of(self.world.zoo[choice.best], cifarzoo.CLASSES))
-        return self.item(f"{choice.donor}-{name}", lambda: self.donor_net(choice.donor), lesson)
+        if name == "donor4":
+            return self.tuned(choice.donor)
+        teacher = teacher_of(self.world.zoo[choice.best], cifarzoo.CLASSES)
+        return self.item(f"{choice.donor}-{name}", lambda: self.donor_net(choice.donor), self.tuning(teacher))
+
+    def tuned(self, donor: str) -> Row:
+        return self.item(f"{donor}-donor4", lambda: self.donor_net(donor), self.tuning())
+
+    def tuning(self, teacher: nn.Module | None = None) -> Lesson:
+        return Lesson("donor", self.world.size.epochs + 1, self.seed, teacher)
 
     def judge_donor(self, donor: str) -> Row:
         return self.item(f"{donor}-donor1", lambda: self.donor_net(donor))

@@ -28,14 +28,14 @@ ROWS = [
 def test_retention_is_a_share_of_the_tail_donors_accuracy() -> None:
     assert retention(ROWS[0], "stage1") == pytest.approx(0.5)
     assert retention(ROWS[3], "stage1") is None
-    found = figures(ROWS, 1.0, 4.0)
+    found = figures(ROWS, ROWS, (1.0, 4.0))
     assert found["stage1_retention"] == pytest.approx((0.5 + 0.75 + 1.0) / 3, abs=1e-4)
     assert found["stage2_retention_budgets"] == pytest.approx(2 / 4)  # 0.975, 0.95, 1.0 and no assembly
 
 
 def test_a_budget_without_an_assembly_is_no_win() -> None:
     assert wins(ROWS, "stage4", "donor4") == pytest.approx(2 / 4)
-    assert figures(ROWS, 1.0, 4.0)["stage4_wins_of_means"] == pytest.approx(1 / 2)
+    assert figures(ROWS, ROWS, (1.0, 4.0))["stage4_wins_of_means"] == pytest.approx(1 / 2)
 
 
 def test_the_worst_budget_is_that_of_the_lowest_mean() -> None:
@@ -43,7 +43,7 @@ def test_the_worst_budget_is_that_of_the_lowest_mean() -> None:
     loss, spread = shortfall(ROWS, "stage4", "donor4")
     assert loss == pytest.approx(1.0)
     assert spread == pytest.approx(np.std([2.0, -4.0], ddof=1))
-    assert figures(ROWS, 1.0, 4.0)["stage4_below_by_more_than_spread"] == 0
+    assert figures(ROWS, ROWS, (1.0, 4.0))["stage4_below_by_more_than_spread"] == 0
     assert shortfall(ROWS[2:3], "stage4", "donor4") == (0.0, 0.0)
 
 
@@ -81,4 +81,4 @@ def test_networks_chosen_on_validation_images_may_lower_the_area() -> None:
 
 def test_the_volume_gain_is_the_mean_over_seeds() -> None:
     rows = [row(0, 1.0, stage4=0.9, donor4=0.8), row(1, 2.0, stage4=0.7, donor4=0.8)]
-    assert volume_gain(rows, "stage4", "donor4", 1.0, 4.0) == pytest.approx(5.0)  # 10 points, and none
+    assert volume_gain(rows, rows, ("stage4", "donor4"), (1.0, 4.0)) == pytest.approx(5.0)  # 10 points, and none
