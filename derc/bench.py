@@ -94,7 +94,11 @@ def _add_donors(
         return str(error)
     live = LiveDonors(zoo, manifest["zoo"]["negligible"])
     for name in console.track(zoo.names, "export", len(zoo.names)):
-        session = engine.open(_export(live[name], batch))
+        try:
+            session = engine.open(_export(live[name], batch))
+        except UsageError as error:
+            console.say(f"donor {name} is left out: {error}")
+            continue
         stack.callback(session.close)
         calls[name] = session.time
     return None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import torch
 
 from derc import exporting
-from derc.artifacts import Array, Assembly, BlockRef, StitchedAssembly, digest
+from derc.artifacts import Array, Assembly, BlockRef, Partition, StitchedAssembly, digest
 from derc.assembled import Assembled, live
+from derc.errors import UsageError
 from derc.ir import TensorType
 from derc.parts import Part, parts
 from derc.pipeline import Context, code_version
@@ -131,8 +133,29 @@ def example(kind: TensorType, batch: int) -> torch.Tensor:
     return torch.randn(batch, *kind.shape, generator=torch.Generator().manual_seed(0))
 
 
+def exportable(context: Context, partition: Partition) -> tuple[Partition, dict[str, str]]:
+    """The partition without donors that cannot be exported, and why by the names of these and of their blocks.
+
+    The console is told. Raises UsageError where no donor is left.
+    """
+    failed: dict[str, str] = {}
+    for name in context.console.track(partition.blocks, "export", len(partition.blocks)):
+        try:
+            donor_model(context, name)
+        except UsageError as error:
+            context.console.say(f"{error}; it is left out")
+            failed |= dict.fromkeys([name, *map(str, partition.blocks[name])], str(error))
+    left = {name: blocks for name, blocks in partition.blocks.items() if name not in failed}
+    if not left:
+        raise UsageError(f"no donor can be exported to ONNX: {next(iter(failed.values()))}")
+    return replace(partition, blocks=left), failed
+
+
 def donor_model(context: Context, name: str) -> bytes:
-    """A donor's export with each cut as the output ``cut_i``, from the store where it is there."""
+    """A donor's export with each cut as the output ``cut_i``, from the store where it is there.
+
+    Raises UsageError, which names the donor, where it cannot be exported.
+    """
     lowered, batch, code = context.lowered[name], context.target.batch, code_version(exporting.__name__)
     cuts = lowered.cuts
     key = digest(["donor", context.zoo[name].digest(), batch, code], exporting.versions(), *cuts)
@@ -140,6 +163,7 @@ def donor_model(context: Context, name: str) -> bytes:
     if model is None:
         chain = exporting.Chain(lowered.block(i, i + 1) for i in range(len(cuts) - 1))
         outputs = [f"cut_{i}" for i in range(1, len(cuts))]
-        model = exporting.export(chain, example(cuts[0].type, batch), outputs, input_names=["cut_0"])
+        images = example(cuts[0].type, batch)
+        model = exporting.export(chain, images, outputs, input_names=["cut_0"], name=f"donor {name}")
         context.store.put_bytes(key, model, note=f"onnx {name}")
     return model

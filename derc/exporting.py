@@ -106,11 +106,13 @@ def export(
     output_names: Iterable[str],
     *,
     input_names: Iterable[str] = ("input",),
+    name: str = "",
 ) -> bytes:
     """ONNX bytes of `module` in eval mode, static in the shapes of `examples`; equal modules give equal bytes.
 
-    Raises UsageError where the module cannot be exported.
+    Raises UsageError, which calls the module `name` or by its type, where it cannot be exported.
     """
+    name = name or type(module).__name__
     for part in module.modules():
         if isinstance(part, OnnxNode):
             part.check_exportable(OPSET)
@@ -129,15 +131,21 @@ def export(
                 output_names=list(output_names),
             )
     except torch.onnx.OnnxExporterError as error:
-        cause = error.__cause__ or error
-        line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise UsageError(f"{type(module).__name__} cannot be exported to ONNX: {line}") from error
+        raise UsageError(f"{name} cannot be exported to ONNX: {_cause(error)}") from error
     if program is None:
         raise DercError("torch.onnx.export returned no program")
     proto = program.model_proto
     if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-        raise UsageError(f"{type(module).__name__} cannot be exported to ONNX: it is larger than 2 GB in one file")
+        raise UsageError(f"{name} cannot be exported to ONNX: it is larger than 2 GB in one file")
     return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.rstrip(".:")
 
 
 def slice_model(model: bytes, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> bytes:

@@ -129,9 +129,8 @@ class Search:
         for name, assembly in list(intact.items()):
             lacking = [str(block) for block in assembly.blocks if str(block) not in self.table.blocks]
             if lacking or name not in self.table.donors:
-                self.context.console.say(
-                    f"donor {name} is no candidate as a whole: {', '.join(lacking) or name} could not be built"
-                )
+                why = self.table.failed.get(name) or f"{', '.join(lacking) or name} could not be built"
+                self.context.console.say(f"donor {name} is no candidate as a whole: {why}")
                 del intact[name]
         self._evaluate([Proposal(Candidate(assembly, 0.0, {}), DONOR, nan, nan) for assembly in intact.values()], 0)
         for name, assembly in intact.items():

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from derc import portable, recorded
 from derc.artifacts import CutZoo, LatencyTable, Partition
-from derc.deployed import donor_model
+from derc.deployed import donor_model, exportable
 from derc.devices import describe_machine
 from derc.exporting import Slicer
 from derc.ir import TensorType
@@ -54,8 +54,10 @@ def table_file(
 def foresee(context: Context, cuts: CutZoo, partition: Partition, precisions: Iterable[str] = ("fp32",)) -> Foreseen:
     """A latency table for the context's target without its device, by the tables that the user imported.
 
-    Every block stands in it in each of `precisions`. Raises as `derc.recorded.foresee` does.
+    Every block stands in it in each of `precisions`. Raises as `derc.recorded.foresee` does, and UsageError where no
+    donor can be exported.
     """
+    partition, failed = exportable(context, partition)
     shapes = stitch_shapes(cuts, partition)
     refs = [replace(b, precision=p) for chain in partition.blocks.values() for b in chain for p in precisions]
     wanted = Wanted(
@@ -66,7 +68,8 @@ def foresee(context: Context, cuts: CutZoo, partition: Partition, precisions: It
         batch=context.target.batch,
     )
     tables = list(Shelf(context.store.root).tables().values())
-    return recorded.foresee(context.target, wanted, works(context, cuts, wanted.blocks, shapes), tables)
+    found = recorded.foresee(context.target, wanted, works(context, cuts, wanted.blocks, shapes), tables)
+    return replace(found, table=replace(found.table, failed={**found.table.failed, **failed}))
 
 
 def works(context: Context, cuts: CutZoo, blocks: Iterable[str], shapes: Shapes) -> dict[str, Work]:

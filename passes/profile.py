@@ -85,13 +85,14 @@ class Profile:
         """Latencies by donor name, `str(BlockRef)` and `stitching.key`; see LatencyTable.
 
         Raises UnstableError where the machine is too noisy for any latency to be known, BuildError where nothing can be
-        built.
+        built, UsageError where no donor can be exported.
         """
+        partition, failed = deployed.exportable(context, partition)
         shapes, graph = stitch_shapes(cut_zoo, partition), layered.build(cut_zoo, partition)
         likely = frozenset(spread(shapes, self.max_stitches))
         networks = sample(graph, self.networks, context.seed, likely)
         chosen = {key: shapes[key] for key in sorted(likely.union(*(stitches(graph, a) for a in networks)))}
-        slices, failed = Slices(context, cut_zoo, chosen), dict[str, str]()
+        slices = Slices(context, cut_zoo, chosen)
         variants = _rewrite(context, partition, slices, failed)
         parts = _models(slices, partition, variants, networks)
         found = self._timed(context, parts, variants, failed, f"donor {_median_donor(cut_zoo)}")
