@@ -46,7 +46,7 @@ def _grid(kind: TensorType) -> tuple[int, ...]:
 
 def cost(source: TensorType, target: TensorType) -> StitchCost:
     """Cost of the stitch; the linear map runs where each axis is the shorter of the two."""
-    (height, width), (rows, columns) = _common(_grid(source), _grid(target))
+    (height, width), (rows, columns) = common_grids(source, target)
     body = source.channels * target.channels
     prefix = (1 + source.prefix) * source.channels * target.prefix * target.channels
     params = body + target.channels + (prefix + target.prefix * target.channels if target.prefix else 0)
@@ -54,11 +54,12 @@ def cost(source: TensorType, target: TensorType) -> StitchCost:
     return StitchCost(params, averaging + min(height, rows) * min(width, columns) * body + prefix, 4 * target.numel)
 
 
-def _common(source: tuple[int, ...], target: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def common_grids(source: TensorType, target: TensorType) -> tuple[tuple[int, int], tuple[int, int]]:
     """Both grids as (H, W); all positions are one row unless both grids are known."""
-    if len(source) == len(target) == 2:
-        return source, target
-    return (1, prod(source)), (1, prod(target))
+    one, other = _grid(source), _grid(target)
+    if len(one) == len(other) == 2:
+        return (one[0], one[1]), (other[0], other[1])
+    return (1, prod(one)), (1, prod(other))
 
 
 def _averaging(height: int, width: int, rows: int, columns: int) -> int:
