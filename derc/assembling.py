@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from derc import bundle, exporting, registry
-from derc.artifacts import Array, Assembly, BlockRef, Emitted, Joint, Shipped, StitchedAssembly
+from derc.artifacts import Array, Assembly, BlockRef, Emitted, Joint, Matched, Shipped, StitchedAssembly
 from derc.assembled import seeded
 from derc.config import CompileSettings
 from derc.console import Console
@@ -25,6 +25,7 @@ from derc.milp import choose
 from derc.modules import Stitch
 from derc.parts import Part, parts
 from derc.passes.emit import Emit
+from derc.passes.match import TAIL, Match
 from derc.passes.package import Package
 from derc.passes.stitch import FitStitches
 from derc.pipeline import Context
@@ -35,7 +36,7 @@ from derc.summary import command_line
 from derc.target import Target
 from derc.zoo import Zoo
 
-SOURCES = ("zoo", "checkpoint", "offline", "input_size", "data", "probe", "seed")
+SOURCES = ("zoo", "checkpoint", "offline", "input_size", "data", "probe", "seed", "match", "match_teacher")
 DEVICE = ("target", "threads", "batch", "profile_s")
 """Settings that matter to a recipe."""
 RANDOM_IMAGES = 16
@@ -46,7 +47,8 @@ RANDOM_IMAGES = 16
 class Built:
     """A recipe's network, emitted, verified and measured; `anchor` is the donor that it was measured beside.
 
-    `fitted` names the parts that were fitted on the probe images, with what they leave unexplained there.
+    `fitted` names the parts that were fitted on the probe images, with what they leave unexplained there. Where it was
+    `matched`, `unmatched` is the network before.
     """
 
     path: Path
@@ -59,6 +61,8 @@ class Built:
     emitted: Emitted
     shipped: Shipped
     anchor: str
+    matched: Matched | None
+    unmatched: StitchedAssembly
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -81,7 +85,9 @@ def assemble_bundle(path: Path, settings: CompileSettings, console: Console) -> 
     context = open_context(settings, made, store, console)
     console.say(f"assembling {made.assembly} …")
     probe = None if "data" in settings.defaulted else context.data.probe
-    stitched, fitted = stitch(made, probe, settings.seed)
+    unmatched, fitted = stitch(made, probe, settings.seed)
+    matched = match(context, unmatched, settings)
+    stitched = matched.stitched if matched else unmatched
     with console.status("emit"):
         emitted = Emit().run(context, stitched)
     anchor = min(made.lowered, key=lambda name: made.lowered[name].graph.macs)
@@ -90,7 +96,9 @@ def assemble_bundle(path: Path, settings: CompileSettings, console: Console) -> 
         shipped = Package(limit_s=(settings.profile_s or LEAST_LIMIT_S) / 2).run(context, emitted, beside)
     names = [name for name in SOURCES + DEVICE if name not in settings.defaulted]
     command = command_line(settings, "assemble", str(path.absolute()), names=names)
-    built = Built(path, recipe, settings, command, context, stitched, fitted, emitted, shipped, anchor)
+    built = Built(
+        path, recipe, settings, command, context, stitched, fitted, emitted, shipped, anchor, matched, unmatched
+    )
     return write(built, time.perf_counter() - started)
 
 
@@ -156,10 +164,31 @@ def stitch(made: Plan, probe: Split | None, seed: int) -> tuple[StitchedAssembly
             donor = made.zoo[follows.donor]
             if donor.input_size == made.image and follows.first > 0:
                 target = made.lowered[follows.donor].block(0, follows.first).eval()
-                fitted[part.name] = FitStitches().fit(module, nn.Sequential(*front), target, probe)
+                names = "the network in front", f"donor {follows.donor}"
+                fitted[part.name] = FitStitches().fit(module, nn.Sequential(*front), target, probe, names)
         front.append(module)
     states = tuple(_state(module) for module in added.values())
     return StitchedAssembly(made.assembly, states, tuple(fitted.values())), fitted
+
+
+def match(context: Context, stitched: StitchedAssembly, settings: CompileSettings) -> Matched | None:
+    """The assembly with what derc adds trained without labels, as the settings ask; None where they do not.
+
+    Raises UsageError where there are no images, where nothing can be trained, and for a teacher that is no donor of it.
+    """
+    amount, teacher = settings.match_amount, settings.match_teacher
+    if not amount:
+        return None
+    if "data" in settings.defaulted:
+        raise UsageError("--match needs images: give --data")
+    if teacher == "best":
+        raise UsageError("--match-teacher best: no donors are judged here, so give tail or a donor's name")
+    if teacher != TAIL:
+        teacher = context.zoo[teacher].name
+    teacher = TAIL if teacher == stitched.assembly.blocks[-1].donor else teacher
+    context.console.say("match …")
+    with context.console.status("match"):
+        return Match(amount.images, amount.seconds, teacher).run(context, stitched)
 
 
 def _fresh(assembly: Assembly, lowered: Mapping[str, Lowered], seed: int) -> dict[str, nn.Module]:

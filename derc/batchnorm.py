@@ -11,6 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from derc.artifacts import Array
 
+LEAST_EPS = 1e-12
+"""Torch trains no batch norm with an eps of zero, which one that only runs may have."""
+
 
 def norms(module: nn.Module) -> dict[str, _BatchNorm]:
     """The batch norms of a module that keep running statistics, by path."""
@@ -46,6 +49,7 @@ def reestimated(
     for norm in (norm for one in found for norm in one.values()):
         norm.reset_running_stats()
         norm.momentum = None
+        norm.eps = max(norm.eps, LEAST_EPS)
         norm.train()
     for x in batches:
         for part in copies:

@@ -140,7 +140,7 @@ def pareto(points: int, as_json: bool, quiet: bool, **flags: Any) -> None:
 
 @cli.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@options(SOURCES, DEVICE)
+@options(SOURCES, DEVICE, MATCH)
 @click.option("-o", "--output", type=click.Path(), help="Directory of the bundle.")
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 @JSON

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from derc import bundle, stitching
-from derc.artifacts import FittedHead, Latency, LatencyTable, Partition, Shipped
+from derc.artifacts import FittedHead, Latency, LatencyTable, Matched, Partition, Shipped
 from derc.config import BUDGETS, LOWER_BUDGETS
 from derc.engine import parse
 from derc.ir import Op, TensorType
@@ -203,8 +204,13 @@ def _matching(one: Judged) -> dict[str, Any] | None:
     matched = one.matched
     if matched is None:
         return None
-    before, kept = one.unmatched or one.scores, one.unmatched is not None
-    labelled = before.labelled
+    before = one.unmatched or one.scores
+    validation = {"before": before.accuracy, "after": one.scores.accuracy} if before.labelled else None
+    return matching_of(matched, validation, kept=one.unmatched is not None)
+
+
+def matching_of(matched: Matched, validation: Mapping[str, float | None] | None, *, kept: bool) -> dict[str, Any]:
+    """What was shown and what came of it; `validation` is the accuracy there before and after."""
     return {
         "teacher": matched.teacher,
         "images": matched.images,
@@ -212,7 +218,7 @@ def _matching(one: Judged) -> dict[str, Any] | None:
         "seconds": matched.seconds,
         "agreement": {"of": "features" if matched.features else "answers"}
         | {"before": round(matched.before, 6), "after": round(matched.after, 6)},
-        "validation": {"before": before.accuracy, "after": one.scores.accuracy} if labelled else None,
+        "validation": None if validation is None else dict(validation),
         "statistics": matched.statistics,
         "kept": kept,
         "note": matched.note,

@@ -14,7 +14,7 @@ from derc import fronts
 from derc.artifacts import Array, BlockRef, StitchedAssembly
 from derc.assembled import with_buffers
 from derc.data import Split
-from derc.errors import DercError, UsageError
+from derc.errors import UsageError
 from derc.fronts import Step
 from derc.lowered import Lowered
 from derc.parts import parts
@@ -41,6 +41,7 @@ class Lesson:
     `features` are the tail donor's steps up to its last unit, `head` that unit; `teacher` are those of another donor
     whose outputs are wanted in place of the tail's. `columns` are the outputs of learner and teacher that stand for the
     same classes, None: all. Where `answers` is False, the outputs mean different things and features alone count.
+    `names` is what errors call the front, the tail's donor and the teacher.
     """
 
     recall: Recall
@@ -50,22 +51,23 @@ class Lesson:
     teacher: tuple[Step, ...] = ()
     columns: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     answers: bool = True
+    names: tuple[str, str, str] = ("the front", "the tail's donor", "the teacher")
 
     def inputs(self, split: Split, numbers: torch.Tensor) -> torch.Tensor:
-        """What reaches the first part that is trained; raises DercError where it is not finite."""
+        """What reaches the first part that is trained; raises UsageError where it is not finite."""
         x = self.recall.outputs(split, self.front, numbers) if self.front else split.take(numbers)
-        return _finite(x, "the blocks in front of the first stitch give")
+        return _finite(x, self.names[0])
 
     @torch.no_grad()
     def goal(self, split: Split, numbers: torch.Tensor) -> Goal:
-        """What the network should give for these images; raises DercError where that is not finite."""
+        """What the network should give for these images; raises UsageError where that is not finite."""
         if self.teacher:
             outputs = self.recall.outputs(split, self.teacher, numbers)
-            return Goal(_finite(outputs, "the teacher gives"), None)
-        features = _finite(self.recall.outputs(split, self.features, numbers), "the tail's donor gives")
+            return Goal(_finite(outputs, self.names[2]), None)
+        features = _finite(self.recall.outputs(split, self.features, numbers), self.names[1])
         if not self.answers or self.head is None:
             return Goal(None, features)
-        return Goal(_finite(self.head.module(features.clone()), "the tail's donor gives"), features)
+        return Goal(_finite(self.head.module(features.clone()), self.names[1]), features)
 
     def picked(self, outputs: torch.Tensor, *, learner: bool) -> torch.Tensor:
         """The outputs that are compared."""
@@ -74,7 +76,7 @@ class Lesson:
 
 def _finite(x: torch.Tensor, who: str) -> torch.Tensor:
     if not torch.isfinite(x).all():
-        raise DercError(f"{who} values that are not finite, so nothing can be matched: leave that donor out")
+        raise UsageError(f"{who} gives values that are not finite, so nothing can be matched: leave it out")
     return x
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from derc import bundle, stitching
-from derc.artifacts import BlockRef, CutDonor, Joint
+from derc.artifacts import BlockRef, CutDonor, Joint, StitchedAssembly
 from derc.assembled import live
 from derc.assembling import Built
 from derc.config import BUDGETS
@@ -17,7 +17,7 @@ from derc.data import Split
 from derc.donor import Donor
 from derc.ir import Graph
 from derc.judge import columns_of, correct, logits
-from derc.manifest import latency_of, target_of
+from derc.manifest import latency_of, matching_of, target_of
 from derc.outcome import plan_graph
 from derc.parts import Part
 from derc.summary import network_files, reproduce, write_network
@@ -50,7 +50,9 @@ def graph_of(built: Built) -> Graph:
 
 
 def weights_of(part: Part, built: Built) -> str:
-    """Where the weights of what derc adds come from: fitted, or random."""
+    """Where the weights of what derc adds come from: matched, fitted, or random."""
+    if built.matched is not None and part.kind != "head":
+        return "matched"
     return "fitted" if part.name in built.fitted else "random"
 
 
@@ -80,6 +82,7 @@ def manifest_of(built: Built) -> dict[str, Any]:
         "selected": _selected(built, plan),
         "latency": {**latency_of(shipped, None), "anchor": built.anchor},
         "accuracy": _accuracies(built),
+        "matching": _matching(built),
         "donors": {donor.name: _donor(donor, built) for donor in context.zoo.donors},
         "parity": asdict(shipped.parity),
         "placement": shipped.placement,
@@ -131,15 +134,24 @@ def _accuracies(built: Built) -> dict[str, Any]:
     """Accuracies of the network as it is, without training; None without labels or with a fresh head."""
     data = built.context.data
     splits = {"validation": data.validation, "heldout": data.heldout}
-    return {name: _accuracy(built, split) for name, split in splits.items()}
+    return {name: _accuracy(built, built.stitched, split) for name, split in splits.items()}
 
 
-def _accuracy(built: Built, split: Split) -> float | None:
-    assembly, context = built.stitched.assembly, built.context
+def _matching(built: Built) -> dict[str, Any] | None:
+    """What training without labels did to the network; None where there was none."""
+    if built.matched is None:
+        return None
+    split = built.context.data.validation
+    before, after = (_accuracy(built, one, split) for one in (built.unmatched, built.stitched))
+    return matching_of(built.matched, None if before is None else {"before": before, "after": after}, kept=True)
+
+
+def _accuracy(built: Built, stitched: StitchedAssembly, split: Split) -> float | None:
+    assembly, context = stitched.assembly, built.context
     columns = columns_of(context.zoo[assembly.blocks[-1].donor].labels, context.data)
     if split.labels is None or columns is None or assembly.head is not None:
         return None
-    network = live(built.stitched, context.lowered)
+    network = live(stitched, context.lowered)
     right = correct(logits(network, split), split, columns)
     return None if right is None else float(right.mean())
 

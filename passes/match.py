@@ -84,7 +84,8 @@ class Match:
         end = last.last if assembly.head else len(donor.units) - 1
         features = (fronts.block(donor, BlockRef(last.donor, 0, end, 0)),)
         head = fronts.block(donor, BlockRef(last.donor, end, len(donor.units), 0)) if assembly.head is None else None
-        lesson = Lesson(context.recall, front, features, head, answers=assembly.head is None)
+        names = f"donor {assembly.blocks[0].donor}", f"donor {last.donor}", f"donor {name}"
+        lesson = Lesson(context.recall, front, features, head, answers=assembly.head is None, names=names)
         if name == last.donor:
             return lesson
         whole = (fronts.block(other, BlockRef(name, 0, len(other.units), 0)),)

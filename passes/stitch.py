@@ -14,7 +14,7 @@ from derc import fronts
 from derc.artifacts import Array, Assembly, StitchedAssembly, digest
 from derc.assembled import new_stitch
 from derc.data import Split
-from derc.errors import DercError
+from derc.errors import UsageError
 from derc.fronts import Step
 from derc.modules import Stitch
 from derc.pipeline import Context
@@ -23,6 +23,8 @@ STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge penalties tried, as shares of the mean squared feature."""
 HELD_BACK = 4
 """Every fourth batch chooses the penalty."""
+NAMES = "the network in front", "the donor behind the stitch"
+"""What errors call both sides of a stitch where donors' names are not known."""
 
 
 class Moments:
@@ -92,29 +94,41 @@ class FitStitches:
             if index and assembly.stitched[index - 1]:
                 stitch = new_stitch(assembly, index, context.lowered)
                 donor = fronts.block(lowered, replace(block, first=0, last=block.first))
-                residual.append(self.fit_to(stitch, run(front), run([donor])))
+                names = f"donor {assembly.blocks[index - 1].donor}", f"donor {block.donor}"
+                residual.append(self.fit_to(stitch, run(front), run([donor]), names))
                 states.append({name: value.detach().numpy().copy() for name, value in stitch.state_dict().items()})
                 front.append(fronts.added(stitch))
             front.append(fronts.block(lowered, block))
         return StitchedAssembly(assembly, tuple(states), tuple(residual))
 
-    def fit(self, stitch: Stitch, front: nn.Module, donor: nn.Module, probe: Split) -> float:
+    def fit(
+        self, stitch: Stitch, front: nn.Module, donor: nn.Module, probe: Split, names: tuple[str, str] = NAMES
+    ) -> float:
         """Set `stitch` so that stitch(front(x)) ≈ donor(x) on the probe images; see `fit_to`."""
         sources = (front(images.clone()) for images, _ in probe.batches(self.batch))
         targets = (donor(images.clone()) for images, _ in probe.batches(self.batch))
-        return self.fit_to(stitch, sources, targets)
+        return self.fit_to(stitch, sources, targets, names)
 
     @torch.no_grad()
-    def fit_to(self, stitch: Stitch, sources: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -> float:
+    def fit_to(
+        self,
+        stitch: Stitch,
+        sources: Iterable[torch.Tensor],
+        targets: Iterable[torch.Tensor],
+        names: tuple[str, str] = NAMES,
+    ) -> float:
         """Set `stitch` so that stitch(source) ≈ target in all batches; returns the share unexplained on held-back ones.
 
-        Raises DercError where activations are not finite.
+        Raises UsageError, with the donor's name of `names`, where activations are not finite.
         """
         body: list[Moments] = []
         prefix: list[Moments] = []
         for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            if not (torch.isfinite(source).all() and torch.isfinite(target).all()):
-                raise DercError("activations are not finite, so no stitch can be fitted: leave that donor out")
+            for value, name in zip((source, target), names, strict=True):
+                if not torch.isfinite(value).all():
+                    raise UsageError(
+                        f"{name} gives values that are not finite, so no stitch can be fitted: leave it out"
+                    )
             held = number % HELD_BACK == HELD_BACK - 1
             _accumulate(body, held, *body_rows(stitch, source, target))
             if stitch.prefix is not None:
