@@ -113,7 +113,7 @@ def main(
     seeds, budgets = (1, QUICK_BUDGETS) if quick else (seeds, budgets)
     start = time.perf_counter()
     try:
-        world = open_world(shared, work / f"{'quick' if quick else 'full'}-{size.epochs}", size, budgets)
+        world = open_world(shared, work / size.name, size, budgets)
         chosen = list(range(seeds)) if seed_only is None else [seed_only]
         rows = measured(world, chosen)
         donors = [row for seed in chosen for row in Round(world, seed).donors()]

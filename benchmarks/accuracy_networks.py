@@ -22,8 +22,15 @@ from derc.workspace import LiveDonors
 
 BATCH = 32
 FROZEN = "frozen"
-RATES = {FROZEN: 1e-2, "assembly": 1e-3, "donor": 1e-3, "random": 1e-3, "paper": 1e-3, "scratch": 1e-3}
-"""Learning rates by what is trained, chosen on a development split (benchmarks/accuracy_rates.py)."""
+RATES = {
+    FROZEN: (1e-2, "train"),
+    "assembly": (3e-5, "fixed"),
+    "donor": (1e-4, "fixed"),
+    "random": (1e-3, "train"),
+    "paper": (1e-3, "train"),
+    "scratch": (3e-3, "train"),
+}
+"""Learning rate and batch norms by what is trained, chosen on a development split (benchmarks/accuracy_rates.py)."""
 FRESH = ("random", "paper", "scratch")
 """What is worth nothing before it is trained, so that its trained state is kept in any case."""
 
@@ -126,21 +133,23 @@ def paper_joint(source: TensorType, target: TensorType) -> Joint:
 
 @dataclass(frozen=True)
 class Lesson:
-    """How a network is trained: at the rate of its `kind`, `epochs` over the training images."""
+    """How a network is trained: with the rate and norms of its `kind` or as `given`, `epochs` over the images."""
 
     kind: str
     epochs: int
     seed: int
     teacher: nn.Module | None = None
-    rate: float | None = None
+    given: tuple[float, str] | None = None
 
 
 def teach(net: Net, data: Data, images: int, lesson: Lesson) -> Trained:
     """Train a network in place; the state that is best on the validation images stays."""
+    rate, norms = lesson.given or RATES[lesson.kind]
     options = TrainOptions(
         epochs=lesson.epochs,
         batch=BATCH,
-        lr=lesson.rate or RATES[lesson.kind],
+        lr=rate,
+        norms=norms,
         seed=lesson.seed,
         device="cpu",
         allow_worse=lesson.kind in FRESH,

@@ -1,15 +1,16 @@
 """A budget of a seed: every network that is compared there, trained and judged, each once for all budgets.
 
 What an assembly has seen when it is judged, in training images: stage 1 none, stage 2 one pass without labels, stage 3
-another pass with labels and frozen blocks, stage 4 `epochs` passes on the network of stage 2. Baselines see as many:
-where the assembly is matched, random stitches and the paper's network get a pass with labels and frozen blocks, and a
-donor, a student and a network from scratch one epoch more.
+another pass with labels and frozen blocks, stage 4 `epochs` more in which everything trains. Baselines see as many:
+where the assembly is matched and trained with frozen blocks, random stitches and the paper's network get two passes
+with labels and frozen blocks, and a donor, a student and a network from scratch two epochs more of everything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -79,7 +80,7 @@ class Round:
         return self.item(f"{donor}-donor4", lambda: self.donor_net(donor), self.tuning())
 
     def tuning(self, teacher: nn.Module | None = None) -> Lesson:
-        return Lesson("donor", self.world.size.epochs + 1, self.seed, teacher)
+        return Lesson("donor", self.world.size.epochs + 2, self.seed, teacher)
 
     def judge_donor(self, donor: str) -> Row:
         return self.item(f"{donor}-donor1", lambda: self.donor_net(donor))
@@ -98,23 +99,24 @@ class Round:
                 return self.item(f"{key}-{name}", lambda: self.stitched(assembly, "stage2"), self.frozen())
             case "stage4":
                 lesson = Lesson("assembly", epochs, self.seed)
-                return self.item(f"{key}-{name}", lambda: self.stitched(assembly, "stage2"), lesson)
+                start = partial(self.stitched, assembly, "stage2")
+                return self.item(f"{key}-{name}", lambda: self.loaded(start(), f"{key}-stage3"), lesson)
             case "random1":
                 return self.item(f"{key}-{name}", lambda: random_net(assembly, world.lowered, self.seed))
             case "random3":
-                start = random_net
-                return self.item(f"{key}-{name}", lambda: start(assembly, world.lowered, self.seed), self.frozen())
+                lesson = self.frozen(2)
+                return self.item(f"{key}-{name}", lambda: random_net(assembly, world.lowered, self.seed), lesson)
             case "random4":
                 lesson = Lesson("random", epochs, self.seed)
-                net = random_net(assembly, world.lowered, self.seed)
-                return self.item(f"{key}-{name}", lambda: self.loaded(net, f"{key}-random3"), lesson)
+                start = partial(random_net, assembly, world.lowered, self.seed)
+                return self.item(f"{key}-{name}", lambda: self.loaded(start(), f"{key}-random3"), lesson)
             case _:
-                lesson = Lesson("scratch", epochs + 1, self.seed)
+                lesson = Lesson("scratch", epochs + 2, self.seed)
                 return self.item(f"{key}-{name}", lambda: random_net(assembly, world.fresh, self.seed), lesson)
 
     def paper_item(self, name: str, assembly: Assembly) -> Row:
         """The paper's network after as many training images as the assembly at the same stage."""
-        key, before = short(assembly), {"paper3": "paper2", "paper4": "paper2"}.get(name)
+        key, before = short(assembly), {"paper3": "paper2", "paper4": "paper3"}.get(name)
         lessons = {
             "paper2": self.frozen(),
             "paper3": self.frozen(),
@@ -127,8 +129,8 @@ class Round:
 
         return self.item(f"{key}-{name}", start, lessons.get(name))
 
-    def frozen(self) -> Lesson:
-        return Lesson(FROZEN, 1, self.seed)
+    def frozen(self, epochs: int = 1) -> Lesson:
+        return Lesson(FROZEN, epochs, self.seed)
 
     def stitched(self, assembly: Assembly, stage: str) -> Net:
         return stitched_net(kept(self.world, self.seed, stage, assembly), self.world.lowered)
@@ -148,7 +150,7 @@ class Round:
             if lesson is not None:
                 trained = teach(net, data, size.train, lesson)
                 cost = {"images": trained.images, "seconds": trained.seconds, "kept": trained.kept}
-                if key.endswith(("random3", "paper2")):
+                if key.endswith(("stage3", "random3", "paper2", "paper3")):
                     work.save(name, net.network)
             return {**cost, **judged(net.network, data.validation, data.heldout)}
 

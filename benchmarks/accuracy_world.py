@@ -20,11 +20,13 @@ from torch import nn
 
 from benchmarks.accuracy_zoo import Images, Size, load_zoo
 from benchmarks.contexts import open_context
+from derc import registry
 from derc.artifacts import CutZoo, EmbeddedZoo, LatencyTable, LoweredZoo, Partition, decode, encode
 from derc.compiler import Analysis, Prepared, analyse, latencies
 from derc.config import CompileSettings
 from derc.pipeline import Context, Timings
 from derc.store import Store
+from derc.target import Target
 from derc.workspace import NEGLIGIBLE, LiveDonors
 from derc.zoo import Zoo
 
@@ -105,11 +107,8 @@ class World:
     @cache  # noqa: B019 one world a process
     def prepared(self, seed: int) -> Prepared:
         """A seed's images with the shared analysis and latencies; what passes compute is kept in the work folder."""
-        context = replace(
-            open_context(self.zoo, self.images.drawn(self.size, seed), seed),
-            lowered=self.lowered,
-            store=Store(self.work.folder / "store"),
-        )
+        images = self.images.drawn(self.size, seed)
+        context = on_one_thread(open_context(self.zoo, images, seed), self.lowered, self.work)
         heads = context.data.task_donors(self.zoo)
         return Prepared((context,), heads, self.analysis, (self.table,), Timings(), time.perf_counter())
 
@@ -124,11 +123,18 @@ def open_world(shared: Path, folder: Path, size: Size, budgets: int) -> World:
     with work.lock:
         zoo = load_zoo(shared, folder, size, images)
         live = LiveDonors(zoo, NEGLIGIBLE)
-        context = replace(open_context(zoo, images.analysis(size)), lowered=live, store=Store(folder / "store"))
+        context = on_one_thread(open_context(zoo, images.analysis(size)), live, work)
         analysis, table = shared_artifacts(work, context, size)
     fresh = Zoo("fresh", tuple(replace(donor, weights=None) for donor in zoo.donors))
     limits = spaced(table, budgets)
     return World(work, size, images, zoo, analysis, table, limits, live, LiveDonors(fresh, NEGLIGIBLE))
+
+
+def on_one_thread(context: Context, lowered: LiveDonors, work: Work) -> Context:
+    """The context with an engine of one thread, which other work on the machine disturbs least, and a lasting store."""
+    target = Target.load("cpu", threads=1)
+    engine = registry.open_engine(target.engine, target.threads)
+    return replace(context, target=target, engine=engine, lowered=lowered, store=Store(work.folder / "store"))
 
 
 def shared_artifacts(work: Work, context: Context, size: Size) -> tuple[Analysis, LatencyTable]:

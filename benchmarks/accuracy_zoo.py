@@ -7,6 +7,7 @@ from the 5,488 that are left. Held out are the first images of `x_test`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ class Size:
 
     donors: tuple[str, ...]
     probe: int = 512
-    train: int = 3000
+    train: int = 2048
     validation: int = 1000
     heldout: int = 2000
     evaluations: int = 12
@@ -45,6 +46,11 @@ class Size:
     own_epochs: int = 10
     profile_s: float | None = None
     epochs: int = 1
+
+    @property
+    def name(self) -> str:
+        """A name for the folder of what was computed, another one for another size."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
 
 
 PUBLIC = {
