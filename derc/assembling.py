@@ -23,7 +23,7 @@ from derc.lowered import Lowered
 from derc.measure import LEAST_LIMIT_S
 from derc.milp import choose
 from derc.modules import Stitch
-from derc.parts import Part, parts
+from derc.parts import Part, few, parts
 from derc.passes.emit import Emit
 from derc.passes.match import TAIL, Match
 from derc.passes.package import Package
@@ -85,6 +85,9 @@ def assemble_bundle(path: Path, settings: CompileSettings, console: Console) -> 
     context = open_context(settings, made, store, console)
     console.say(f"assembling {made.assembly} …")
     probe = None if "data" in settings.defaulted else context.data.probe
+    told = few(parts(made.assembly, made.lowered), len(probe)) if probe else ""
+    if told:
+        console.say(told)
     unmatched, fitted = stitch(made, probe, settings.seed)
     matched = match(context, unmatched, settings)
     stitched = matched.stitched if matched else unmatched

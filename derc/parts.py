@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -115,6 +115,23 @@ def parts(assembly: Assembly, donors: Mapping[str, HasCuts]) -> tuple[Part, ...]
     if assembly.head:
         found.append(Part("head", assembly.head, value, TensorType((assembly.head.classes,), Layout.NC)))
     return tuple(found)
+
+
+def few(every: Iterable[Part], images: int) -> str:
+    """A sentence on the widest linear stitch where it has more inputs than there are images to fit it to, else ""."""
+    linear = (part for part in every if isinstance(part.spec, Joint) and part.spec.kind == "linear")
+    widest = max(((_inputs(part), part.label) for part in linear), default=(0, ""))
+    if widest[0] <= images:
+        return ""
+    return (
+        f"{images} probe images are fewer than the {widest[0]} channels of the stitch {widest[1]}: "
+        "such stitches are regularised, and more images (--probe) fit them better"
+    )
+
+
+def _inputs(part: Part) -> int:
+    """Inputs of a linear stitch's widest regression: that of prefix tokens sees the source's too."""
+    return part.source.channels * (1 + part.source.prefix if part.target.prefix else 1)
 
 
 def entry(assembly: Assembly, donors: Mapping[str, HasCuts]) -> TensorType:

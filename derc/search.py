@@ -25,6 +25,7 @@ from derc.artifacts import (
 from derc.deployed import differs
 from derc.errors import DercError, InfeasibleError, MissingDependencyError
 from derc.evaluations import DONOR, PRIOR, Entry, kept_seconds
+from derc.parts import few, parts
 from derc.passes.head import RefitHead
 from derc.passes.score import Consult, Score
 from derc.passes.select import Select
@@ -70,6 +71,7 @@ class Search:
     selection: Selection | None = None
     log: list[Entry] = field(default_factory=list)
     """Every evaluation in order, of donors and of what failed too."""
+    told_few: bool = False
 
     def run(self) -> None:
         """Evaluate until the evaluation budget is spent or nothing new is proposed.
@@ -141,6 +143,7 @@ class Search:
         """Stitch and score what round `number` proposes, and log it."""
         if not proposals:
             return
+        self._tell_few(proposals)
         reference, learnt = execute(Consult(), self.context, timings=self.timings), None
         for one in self.context.console.track(proposals, "stitch", len(proposals)):
             assembly = one.candidate.assembly
@@ -165,6 +168,14 @@ class Search:
             self.judged[assembly] = Judged(stitched, scores, predicted)
             seconds = kept_seconds(self.context.store, stitched, scores, time.perf_counter() - started, watch)
             self._note(one, number, first=first, score=scores.value, seconds=seconds)
+
+    def _tell_few(self, proposals: list[Proposal]) -> None:
+        """Say once that there are few images for what is now fitted."""
+        every = [p for one in proposals for p in parts(one.candidate.assembly, self.cuts.donors)]
+        told = few(every, len(self.context.data.probe))
+        if told and not self.told_few:
+            self.told_few = True
+            self.context.console.say(told)
 
     def _note(
         self,

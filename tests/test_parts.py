@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from derc.artifacts import Assembly, BlockRef, Head, Joint, Stem, decode, digest, encode
 from derc.assembled import seeded
+from derc.console import Console
 from derc.errors import UsageError
 from derc.ir import Layout, TensorType
-from derc.parts import Part, check_joint, stem_type
+from derc.parts import Part, check_joint, few, stem_type
+from tests.test_resume import make_search
 
 
 def kind(layout, channels, height, width, prefix=0):
@@ -147,3 +152,36 @@ def test_an_ordinary_assembly_keeps_its_stored_form():
     assert digest(rich) != digest(plain)
     assert str(rich) == "conv7x7(8) | a[0:2] | b[1:2] | linear(10)"
     assert (rich.stitched, rich.intact, rich.joint(0), rich.joint(1)) == ((True,), False, None, Joint("dery", 2))
+
+
+def test_few_images_for_a_stitch_are_told_with_both_numbers():
+    narrow = Part("stitch1", Joint(), kind("NCHW", 12, 4, 4), kind("NCHW", 40, 4, 4))
+    wide = Part("stitch2", Joint(), kind("NLC", 20, 4, 4, prefix=1), kind("NLC", 8, 4, 4, prefix=2))
+    assert few([narrow, wide], 40) == ""
+    told = few([narrow, wide], 39)
+    assert told.startswith("39 probe images are fewer than the 40 channels of the stitch NLC17x20p1g4x4>NLC18x8p2g4x4:")
+    assert "regularised" in told and "--probe" in told
+    assert few([narrow], 12) == "" and few([narrow], 11).startswith("11 probe images are fewer than the 12 channels")
+    assert few([Part("stitch1", Joint("dery"), kind("NCHW", 99, 4, 4), kind("NCHW", 4, 4, 4))], 8) == ""
+    assert few([], 0) == ""
+
+
+class Heard(Console):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_a_search_says_once_that_its_probe_images_are_few(tmp_path):
+    console = Heard()
+    search = make_search(tmp_path, console)
+    few_images = replace(search.context.data, probe=search.context.data.probe.first(16))
+    search = replace(search, context=replace(search.context, data=few_images), evaluations=3)
+    search.run()
+    (told,) = [line for line in console.lines if "regularised" in line]
+    assert re.match(r"16 probe images are fewer than the \d+ channels of the stitch N", told)
