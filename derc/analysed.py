@@ -51,6 +51,33 @@ class CutId:
 
 
 @dataclass(frozen=True)
+class StitchLosses:
+    """What stitches will lose, known before any network is assembled; see `derc.stitchability`.
+
+    `unexplained[a][b]` is the share of the variance of cut b that no stitch from cut a explains, and `agreement[b]` the
+    share of images on which the donor's answer stays when its value at cut b is as a stitch would give it that leaves
+    each of `levels` unexplained. Cuts are named by `name`.
+    """
+
+    levels: tuple[float, ...]
+    unexplained: dict[str, dict[str, float]]
+    agreement: dict[str, tuple[float, ...]]
+
+    @staticmethod
+    def name(cut: CutId) -> str:
+        """A cut's name here."""
+        return f"{cut.donor}:{cut.cut}"
+
+    def loss(self, given: CutId, taken: CutId) -> float | None:
+        """The share of images on which the donor of `taken` changes its answer behind a stitch, None: unknown."""
+        left = self.unexplained.get(self.name(given), {}).get(self.name(taken))
+        agreement = self.agreement.get(self.name(taken))
+        if left is None or agreement is None:
+            return None
+        return 1 - float(np.interp(left, (0.0, *self.levels), (1.0, *agreement)))
+
+
+@dataclass(frozen=True)
 class EmbeddedZoo:
     """Similarity of all pairs of cuts over the probe set.
 
@@ -58,6 +85,7 @@ class EmbeddedZoo:
     the input and the output too. `accuracy` is each task donor's own accuracy on the labelled probe set. `halves` (2,
     cuts, cuts) is the similarity over either half of the probe set, where it is known. A zoo of very many cuts has
     `rows` instead: `similarity` is then empty, and that of two cuts is the product of their rows of length 1.
+    `stitches` is what stitches will lose, once that was looked at.
     """
 
     index: tuple[CutId, ...]
@@ -67,6 +95,12 @@ class EmbeddedZoo:
     accuracy: dict[str, float] = field(default_factory=dict)
     halves: Array | None = None
     rows: Array | None = None
+    stitches: StitchLosses | None = None
+
+    def unlike(self, given: int, taken: int) -> float:
+        """What a stitch between two rows of the index is expected to lose, in [0, 1]: 1 − similarity if not known."""
+        known = self.stitches.loss(self.index[given], self.index[taken]) if self.stitches else None
+        return 1 - self.alike(given, taken) if known is None else known
 
     def alike(self, one: int, other: int) -> float:
         """Similarity of two rows of the index, in [0, 1]."""

@@ -19,6 +19,7 @@ from derc.analysed import CutId as CutId
 from derc.analysed import CutZoo as CutZoo
 from derc.analysed import EmbeddedZoo as EmbeddedZoo
 from derc.analysed import LoweredZoo as LoweredZoo
+from derc.analysed import StitchLosses as StitchLosses
 from derc.analysed import Unit as Unit
 from derc.errors import IntegrityError
 from derc.partitioned import BlockRef as BlockRef

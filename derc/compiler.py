@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from derc.passes.lower import Lower
 from derc.passes.partition import PartitionZoo
 from derc.passes.profile import Profile
 from derc.passes.select import Select
+from derc.passes.stitchable import Stitchable
 from derc.pipeline import Context, Timings, execute
 from derc.refining import refine
 from derc.search import Search
@@ -43,13 +44,15 @@ class Analysis:
 
 
 def analyse(context: Context, settings: CompileSettings, timings: Timings) -> Analysis:
-    """lower, cut, embed, partition."""
+    """lower, cut, embed, partition, and what stitches between the blocks will lose, unless they may begin anywhere."""
     lowered = execute(Lower(), context, timings=timings)
     cuts = execute(CutDonors(), context, lowered, timings=timings)
     embed = Embed(similarity=settings.similarity, pool=settings.pool)
     embedded = execute(embed, context, cuts, timings=timings)
     step = PartitionZoo(blocks=settings.blocks, epsilon=settings.epsilon, exact=settings.exact, objective=settings.sets)
     partition = execute(step, context, cuts, embedded, timings=timings)
+    if not settings.interval:
+        embedded = replace(embedded, stitches=execute(Stitchable(), context, cuts, partition, timings=timings))
     return Analysis(lowered, cuts, embedded, partition)
 
 

@@ -146,18 +146,18 @@ def prior_loss(
             own[place] += PRECISION_LOSS + DISTORTION_LOSS * (distortion or {}).get(str(block), UNKNOWN_DISTORTION)
     loss: Array = graph.skipped / graph.sets + own[graph.head]
     stitched = np.flatnonzero(graph.stitch >= 0)
-    loss[stitched] += STITCH_LOSS + DISSIMILARITY_LOSS * (1 - _alike(graph, embedded, stitched))
+    loss[stitched] += STITCH_LOSS + DISSIMILARITY_LOSS * _unlike(graph, embedded, stitched)
     return loss
 
 
-def _alike(graph: Layered, embedded: EmbeddedZoo, stitched: Array) -> Array:
-    """Similarity of what each of the `stitched` edges joins."""
+def _unlike(graph: Layered, embedded: EmbeddedZoo, stitched: Array) -> Array:
+    """What each of the `stitched` edges is expected to lose; see `EmbeddedZoo.unlike`."""
     position = embedded.position
     given = np.array([position[CutId(block.donor, block.last)] for block in graph.blocks])[graph.tail[stitched]]
     taken = np.array([position[CutId(block.donor, block.first)] for block in graph.blocks])[graph.head[stitched]]
     pairs, inverse = np.unique(np.stack([given, taken]), axis=1, return_inverse=True)
-    alike: Array = np.array([embedded.alike(int(one), int(other)) for one, other in pairs.T])
-    return alike[inverse.reshape(-1)]
+    unlike: Array = np.array([embedded.unlike(int(one), int(other)) for one, other in pairs.T])
+    return unlike[inverse.reshape(-1)]
 
 
 def _total_macs(cuts: CutZoo) -> dict[str, int]:
@@ -204,7 +204,7 @@ def _joints(graph: Layered, cuts: CutZoo, embedded: EmbeddedZoo) -> Array:
             before, after = CutId(edge.source.donor, edge.source.last), CutId(edge.target.donor, edge.target.first)
             one, other = (cuts.donors[cut.donor].cuts[cut.cut].type for cut in (before, after))
             channels = float(np.log(other.channels / one.channels))
-            unlike = 1 - embedded.alike(position[before], position[after])
+            unlike = embedded.unlike(position[before], position[after])
             rows[place] = 1.0, unlike, channels, one.layout is not other.layout
     return rows
 

@@ -1,0 +1,150 @@
+"""What a stitch between two donors' cuts will lose, before any network is assembled.
+
+Two things are known of donors alone. How much of a cut's value is a linear function of another's is told by the ridge
+regression that the stitch itself would be, on a sample of rows (`Sample`, `unexplained`). How much a donor minds is
+told by what becomes of its answers when its own value is blurred as such a stitch would blur it (`blurred`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from derc.artifacts import Array
+from derc.ir import Layout, TensorType
+from derc.stitching import common_grids
+
+STRENGTHS = (1e-4, 1e-2, 1.0)
+"""Ridge penalties tried, as shares of the mean squared feature."""
+HELD_BACK = 4
+"""Every fourth image chooses the penalty, and the error is on those."""
+ROWS = 4096
+"""Rows of each regression."""
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cut's value as rows of a `coarse` grid: it is read as `fine` and averaged by area."""
+
+    fine: Grid
+    coarse: Grid
+
+
+def places(source: TensorType, target: TensorType) -> tuple[Place, Place]:
+    """Where a stitch's linear map runs: on the coarser of both grids, along each axis."""
+    one, other = common_grids(source, target)
+    coarse = min(one[0], other[0]), min(one[1], other[1])
+    return Place(one, coarse), Place(other, coarse)
+
+
+def maps(value: torch.Tensor, kind: TensorType) -> torch.Tensor:
+    """A batch's positions as (n, positions, channels), without class and register tokens."""
+    match kind.layout:
+        case Layout.NCHW:
+            return value.flatten(2).transpose(1, 2)
+        case Layout.NLC:
+            return value[:, kind.prefix :]
+        case Layout.NC:
+            return value[:, None]
+        case _:
+            return value.flatten(1, -2)
+
+
+@dataclass
+class Sample:
+    """Rows of one cut at one place, collected batch by batch, and the cut's variance at full resolution.
+
+    The same `images` in the same batches give the same positions for every cut at the same coarse grid.
+    """
+
+    place: Place
+    images: int
+    rows: list[torch.Tensor] = field(default_factory=list)
+    held: list[torch.Tensor] = field(default_factory=list)
+    count: float = 0.0
+    sums: Array | float = 0.0
+    squares: float = 0.0
+    seen: int = 0
+
+    def add(self, positions: torch.Tensor) -> None:
+        """Take a batch's (n, positions, channels)."""
+        flat = positions.double().flatten(0, 1)
+        self.count += len(flat)
+        self.sums = self.sums + flat.sum(0).numpy()
+        self.squares += float((flat * flat).sum())
+        grid = positions.transpose(1, 2).reshape(len(positions), -1, *self.place.fine)
+        if self.place.coarse != self.place.fine:
+            grid = F.adaptive_avg_pool2d(grid, self.place.coarse)
+        cells = grid.flatten(2).transpose(1, 2)
+        wanted = max(1, ROWS // self.images)
+        for number, image in enumerate(cells, self.seen):
+            chosen = image
+            if len(image) > wanted:
+                chosen = image[torch.from_numpy(np.random.default_rng(number).permutation(len(image))[:wanted].copy())]
+            (self.held if number % HELD_BACK == HELD_BACK - 1 else self.rows).append(chosen.double())
+        self.seen += len(cells)
+
+    @cached_property
+    def fit(self) -> torch.Tensor:
+        """(rows, channels) that the regression is fitted to."""
+        return torch.cat(self.rows)
+
+    @cached_property
+    def test(self) -> torch.Tensor:
+        """(rows, channels) of the images that are held back; those of the fit where there is none."""
+        return torch.cat(self.held or self.rows)
+
+    @property
+    def variance(self) -> float:
+        """Of a value around its channels' means, summed over channels, at full resolution."""
+        return float(self.squares / self.count - np.square(self.sums / self.count).sum())
+
+
+def unexplained(source: Sample, targets: Sequence[Sample]) -> list[float]:
+    """Share of each target's variance that the best ridge regression on `source` leaves on held-back images, in [0, 1].
+
+    What a target's positions differ by within a cell of the coarse grid is left, too.
+    """
+    x, x_test = source.fit, source.test
+    mean = x.mean(0)
+    x, x_test = x - mean, x_test - mean
+    spectrum, vectors = torch.linalg.eigh(x.T @ x)
+    spectrum = spectrum.clamp_min(0)
+    size = spectrum.mean().clamp_min(1e-12)
+    turned, tested = x @ vectors, x_test @ vectors
+    found = []
+    for target in targets:
+        y, y_test = target.fit, target.test
+        middle = y.mean(0)
+        products = turned.T @ (y - middle)
+        variance = float(((y_test - y_test.mean(0)) ** 2).sum(1).mean())
+        errors = []
+        for strength in STRENGTHS:
+            left = y_test - middle - tested @ (products / (spectrum + strength * size)[:, None])
+            errors.append(float((left * left).sum(1).mean()))
+        lost = max(0.0, target.variance - variance)
+        whole = max(lost + variance, 1e-12)
+        found.append(float(min(1.0, (lost + min(errors)) / whole)))
+    return found
+
+
+def blurred(value: torch.Tensor, kind: TensorType, share: float, generator: torch.Generator) -> torch.Tensor:
+    """`value` as a stitch gives it that leaves `share` of the variance unexplained, in second moments.
+
+    Around its channel's mean each position, token or not, shrinks to 1 − share, and noise of variance
+    share · (1 − share) is added: what another position of another image differs from the mean by.
+    """
+    last = value.movedim(1, -1) if kind.layout is Layout.NCHW else value
+    rows = last.reshape(-1, last.shape[-1])
+    mean = rows.mean(0)
+    other = rows[torch.randperm(len(rows), generator=generator)] - mean
+    noisy = mean + (1 - share) * (rows - mean) + math.sqrt(share * (1 - share)) * other
+    shaped = noisy.reshape(last.shape)
+    return shaped.movedim(-1, 1).contiguous() if kind.layout is Layout.NCHW else shaped
