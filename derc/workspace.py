@@ -135,6 +135,8 @@ def open_contexts(settings: CompileSettings, console: Console) -> tuple[Context,
         check_objective(settings.objective, (own, *more[1:]))
     store = Store.default(say=console.say, on_damage=console.say)
     zoo = open_zoo(settings, store, console)
+    if settings.match_amount and settings.match_teacher not in ("tail", "best"):
+        _ = zoo[settings.match_teacher]  # refused now, not when the search is over
     data = open_data(settings, zoo, console)
     lowered = LiveDonors(zoo, NEGLIGIBLE)
     return tuple(

@@ -172,6 +172,36 @@ def test_matching_a_recipe_that_cannot_be_matched_is_one_sentence(tmp_path, run,
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("y", "words", "says"),
+    [
+        (np.zeros(64, int), [], "the data have one class only, 0: add images of another"),
+        (np.arange(64) % 40, [], "class 0 has 1 of the 32 images to fit a head to and needs 2"),
+        (np.arange(32) % 10, [], "y must be 64 class indices from 0 as integers, it is int64 of shape (32,)"),
+        (np.arange(64) % 10, ["--match-teacher", "convnextt"], "did you mean 'convnext'"),
+    ],
+)
+def test_labels_and_teachers_that_do_not_fit_are_refused_before_any_search(tmp_path, run, y, words, says):
+    grey = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 1), dtype=np.uint8)
+    np.savez(tmp_path / "grey.npz", x=grey, y=y)
+    zoo, data = small_zoo(tmp_path, "resnet-slim", "convnext"), f"npz:{tmp_path / 'grey.npz'}"
+    words = ["--zoo", zoo, "--data", data, "--probe", 32, "--match", 64, *words, "-o", tmp_path / "o"]
+    code, _, last = run("compile", *words)
+    assert (code, says in last) == (2, True), last
+    assert not (tmp_path / "o").exists()
+
+
+def test_grey_images_match_as_the_same_in_colour(context, stitched, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (96, 32, 32, 1), dtype=np.uint8)
+    found = []
+    for name, images in (("grey", grey), ("colour", np.repeat(grey, 3, axis=3))):
+        np.savez(tmp_path / f"{name}.npz", x=images)
+        data = Data.load(f"npz:{tmp_path / name}.npz", probe=32)
+        found.append(Match(images=32).run(replace(context, data=data), stitched))
+    for one, other in zip(*(weights(one.stitched) for one in found), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
 def test_lower_precisions_are_of_the_network_with_its_own_statistics(context, matched, precision):
     mixed = replace(context, precisions=("fp32", precision), engine=AnyPrecision(threads=1))
