@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from derc.artifacts import Array
 from derc.ir import Layout, TensorType
 from derc.stitching import common_grids
 
@@ -59,7 +58,7 @@ def maps(value: torch.Tensor, kind: TensorType) -> torch.Tensor:
 
 @dataclass
 class Sample:
-    """Rows of one cut at one place, collected batch by batch, and the cut's variance at full resolution.
+    """Rows of one cut at one place, collected batch by batch, and how much differs within the grid's cells.
 
     The same `images` in the same batches give the same positions for every cut at the same coarse grid.
     """
@@ -68,27 +67,23 @@ class Sample:
     images: int
     rows: list[torch.Tensor] = field(default_factory=list)
     held: list[torch.Tensor] = field(default_factory=list)
-    count: float = 0.0
-    sums: Array | float = 0.0
-    squares: float = 0.0
+    within: float = 0.0
     seen: int = 0
 
     def add(self, positions: torch.Tensor) -> None:
         """Take a batch's (n, positions, channels)."""
-        flat = positions.double().flatten(0, 1)
-        self.count += len(flat)
-        self.sums = self.sums + flat.sum(0).numpy()
-        self.squares += float((flat * flat).sum())
-        grid = positions.transpose(1, 2).reshape(len(positions), -1, *self.place.fine)
+        grid = positions.double().transpose(1, 2).reshape(len(positions), -1, *self.place.fine)
         if self.place.coarse != self.place.fine:
+            whole = float(grid.square().mean((2, 3)).sum())
             grid = F.adaptive_avg_pool2d(grid, self.place.coarse)
+            self.within += max(0.0, whole - float(grid.square().mean((2, 3)).sum()))
         cells = grid.flatten(2).transpose(1, 2)
         wanted = max(1, ROWS // self.images)
         for number, image in enumerate(cells, self.seen):
             chosen = image
             if len(image) > wanted:
                 chosen = image[torch.from_numpy(np.random.default_rng(number).permutation(len(image))[:wanted].copy())]
-            (self.held if number % HELD_BACK == HELD_BACK - 1 else self.rows).append(chosen.double())
+            (self.held if number % HELD_BACK == HELD_BACK - 1 else self.rows).append(chosen)
         self.seen += len(cells)
 
     @cached_property
@@ -100,11 +95,6 @@ class Sample:
     def test(self) -> torch.Tensor:
         """(rows, channels) of the images that are held back; those of the fit where there is none."""
         return torch.cat(self.held or self.rows)
-
-    @property
-    def variance(self) -> float:
-        """Of a value around its channels' means, summed over channels, at full resolution."""
-        return float(self.squares / self.count - np.square(self.sums / self.count).sum())
 
 
 def unexplained(source: Sample, targets: Sequence[Sample]) -> list[float]:
@@ -129,7 +119,7 @@ def unexplained(source: Sample, targets: Sequence[Sample]) -> list[float]:
         for strength in STRENGTHS:
             left = y_test - middle - tested @ (products / (spectrum + strength * size)[:, None])
             errors.append(float((left * left).sum(1).mean()))
-        lost = max(0.0, target.variance - variance)
+        lost = target.within / target.seen
         whole = max(lost + variance, 1e-12)
         found.append(float(min(1.0, (lost + min(errors)) / whole)))
     return found
