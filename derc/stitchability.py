@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -56,6 +55,13 @@ def maps(value: torch.Tensor, kind: TensorType) -> torch.Tensor:
             return value.flatten(1, -2)
 
 
+@lru_cache(maxsize=256)
+def picked(first: int, count: int, positions: int, wanted: int) -> torch.Tensor:
+    """(count, ≤ wanted) positions of the images from number `first` on, without repetition; the same at each call."""
+    generator = torch.Generator().manual_seed(first)
+    return torch.rand(count, positions, generator=generator).argsort(1)[:, :wanted]
+
+
 @dataclass
 class Sample:
     """Rows of one cut at one place, collected batch by batch, and how much differs within the grid's cells.
@@ -78,12 +84,11 @@ class Sample:
             grid = F.adaptive_avg_pool2d(grid, self.place.coarse)
             self.within += max(0.0, whole - float(grid.square().mean((2, 3)).sum()))
         cells = grid.flatten(2).transpose(1, 2)
-        wanted = max(1, ROWS // self.images)
-        for number, image in enumerate(cells, self.seen):
-            chosen = image
-            if len(image) > wanted:
-                chosen = image[torch.from_numpy(np.random.default_rng(number).permutation(len(image))[:wanted].copy())]
-            (self.held if number % HELD_BACK == HELD_BACK - 1 else self.rows).append(chosen)
+        chosen = picked(self.seen, len(cells), cells.shape[1], max(1, ROWS // self.images))
+        some = cells.gather(1, chosen[..., None].expand(*chosen.shape, cells.shape[2]))
+        held = torch.arange(self.seen, self.seen + len(cells)) % HELD_BACK == HELD_BACK - 1
+        self.rows.append(some[~held].flatten(0, 1))
+        self.held.append(some[held].flatten(0, 1))
         self.seen += len(cells)
 
     @cached_property
@@ -94,7 +99,8 @@ class Sample:
     @cached_property
     def test(self) -> torch.Tensor:
         """(rows, channels) of the images that are held back; those of the fit where there is none."""
-        return torch.cat(self.held or self.rows)
+        held = torch.cat(self.held)
+        return held if len(held) else self.fit
 
 
 def unexplained(source: Sample, targets: Sequence[Sample]) -> list[float]:
