@@ -28,7 +28,7 @@ from benchmarks.accuracy_figures import Row, figures
 from benchmarks.accuracy_networks import BATCH, RATES
 from benchmarks.accuracy_plots import plots
 from benchmarks.accuracy_rounds import Round
-from benchmarks.accuracy_tables import costs, table
+from benchmarks.accuracy_tables import costs, networks, table
 from benchmarks.accuracy_world import World, open_world
 from benchmarks.accuracy_zoo import FAMILIES, FULL, QUICK, Size
 from benchmarks.results import give
@@ -121,7 +121,7 @@ def main(
         raise click.ClickException(str(error)) from error
     ends = world.fastest, world.slowest
     found = figures(rows, donors, ends)
-    print(table(rows), costs(rows), sep="\n\n")
+    print(table(rows), costs(rows), networks(rows), sep="\n\n")
     if folder is not None:
         for name, text in plots(rows, ends).items():
             (folder / name).write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ What an assembly has seen when it is judged, in training images: stage 1 none, s
 another pass with labels and frozen blocks, stage 4 `epochs` more in which everything trains. Baselines see as many:
 where the assembly is matched and trained with frozen blocks, random stitches and the paper's network get two passes
 with labels and frozen blocks, and a donor, a student and a network from scratch two epochs more of everything.
+`donor_short` is the donor after the epochs of stage 4 alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from derc.training.teacher import teacher_of
 
 ASSEMBLY = ("stage1", "stage2", "stage3", "stage4", "random1", "random3", "random4", "scratch")
 PAPER = ("paper1", "paper2", "paper3", "paper4")
-DONOR = ("donor1", "donor4", "distilled")
+DONOR = ("donor1", "donor_short", "donor4", "distilled")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class Round:
             return self.judge_donor(choice.donor)
         if name == "donor4":
             return self.tuned(choice.donor)
+        if name == "donor_short":
+            lesson = Lesson("donor", self.world.size.epochs, self.seed)
+            return self.item(f"{choice.donor}-{name}", lambda: self.donor_net(choice.donor), lesson)
         teacher = teacher_of(self.world.zoo[choice.best], cifarzoo.CLASSES)
         return self.item(f"{choice.donor}-{name}", lambda: self.donor_net(choice.donor), self.tuning(teacher))
 

@@ -9,6 +9,7 @@ from benchmarks.accuracy_figures import Row, spread
 
 COLUMNS = {
     "donor1": "best donor",
+    "donor_short": "tuned as briefly as stage 4",
     "donor4": "tuned",
     "stage1": "stage 1",
     "stage2": "stage 2",
@@ -31,6 +32,16 @@ def table(rows: Sequence[Row]) -> str:
         here = [row for row in rows if row["budget_ms"] == budget]
         cells = [cell([row[name] for row in here if row.get(name) is not None]) for name in COLUMNS]
         lines.append(f"| {budget:.3f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def networks(rows: Sequence[Row]) -> str:
+    """What was compared at each budget and seed, and whether a compile would have returned the intact donor."""
+    lines = ["| ms | seed | best intact donor | best assembly | answer | answer after matching |", f"|{' --- |' * 6}"]
+    for row in sorted(rows, key=lambda one: (one["budget_ms"], one["seed"])):
+        name = (row.get("name") or "–").replace(" | ", " + ")
+        answers = ["donor" if row[key] else "assembly" for key in ("answer_intact", "matched_answer_intact")]
+        lines.append(f"| {row['budget_ms']:.3f} | {row['seed']} | {row['donor']} | {name} | {' | '.join(answers)} |")
     return "\n".join(lines)
 
 
