@@ -22,7 +22,7 @@ from derc.pipeline import Context
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge penalties tried, as shares of the mean squared feature."""
 HELD_BACK = 4
-"""Every fourth batch chooses the penalty."""
+"""Every fourth batch chooses the penalty; batches are so small that there are as many."""
 NAMES = "the network in front", "the donor behind the stitch"
 """What errors call both sides of a stitch where donors' names are not known."""
 
@@ -75,7 +75,10 @@ def ridge(fit: Moments, held: Moments) -> tuple[torch.Tensor, float]:
 
 @dataclass(frozen=True)
 class FitStitches:
-    """Fits an assembly's stitches in order, each on what the network before it really gives."""
+    """Fits an assembly's stitches in order, each on what the network before it really gives.
+
+    Images go through in batches of at most `batch`.
+    """
 
     batch: int = 32
     name: ClassVar[str] = "stitch"
@@ -88,7 +91,7 @@ class FitStitches:
         states: list[dict[str, Array]] = []
         residual: list[float] = []
         front: list[Step] = []
-        run = partial(context.fronts.run, context.data.probe, self.batch)
+        run = partial(context.fronts.run, context.data.probe, self._size(context.data.probe))
         for index, block in enumerate(assembly.blocks):
             lowered = context.lowered[block.donor]
             if index and assembly.stitched[index - 1]:
@@ -105,9 +108,12 @@ class FitStitches:
         self, stitch: Stitch, front: nn.Module, donor: nn.Module, probe: Split, names: tuple[str, str] = NAMES
     ) -> float:
         """Set `stitch` so that stitch(front(x)) ≈ donor(x) on the probe images; see `fit_to`."""
-        sources = (front(images.clone()) for images, _ in probe.batches(self.batch))
-        targets = (donor(images.clone()) for images, _ in probe.batches(self.batch))
+        sources = (front(images.clone()) for images, _ in probe.batches(self._size(probe)))
+        targets = (donor(images.clone()) for images, _ in probe.batches(self._size(probe)))
         return self.fit_to(stitch, sources, targets, names)
+
+    def _size(self, probe: Split) -> int:
+        return max(1, min(self.batch, len(probe) // HELD_BACK))
 
     @torch.no_grad()
     def fit_to(

@@ -119,6 +119,78 @@ def test_fewer_probes_than_channels_still_fit():
     assert all(torch.isfinite(p).all() for p in stitch.parameters())
 
 
+def oracle(batches: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """(p + 1, q) coefficients in float64 by numpy's least squares: the penalty as rows of its own, chosen as said."""
+
+    def solved(rows: list[tuple[np.ndarray, np.ndarray]], strength: float) -> np.ndarray:
+        x, y = (np.concatenate(part) for part in zip(*rows, strict=True))
+        mean_x, mean_y = x.mean(0), y.mean(0)
+        penalty = strength * ((x - mean_x) ** 2).sum(0).mean()
+        design = np.concatenate([x - mean_x, penalty**0.5 * np.eye(x.shape[1])])
+        wanted = np.concatenate([y - mean_y, np.zeros((x.shape[1], y.shape[1]))])
+        weight = np.linalg.lstsq(design, wanted, rcond=None)[0]
+        return np.concatenate([weight, (mean_y - mean_x @ weight)[None]])
+
+    fit = [rows for number, rows in enumerate(batches) if number % 4 != 3]
+    held_x, held_y = (np.concatenate(part) for part in zip(*batches[3::4], strict=True))
+    tried = [(strength, solved(fit, strength)) for strength in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)]
+    errors = [(np.square(held_x @ c[:-1] + c[-1] - held_y).sum(), strength) for strength, c in tried]
+    return solved(batches, min(errors)[1])
+
+
+@pytest.mark.parametrize("count", [24, 200])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (TensorType((14, 6), Layout.NLC, prefix=5, grid=(3, 3)), TensorType((6, 4), Layout.NLC, prefix=2, grid=(2, 2))),
+        (TensorType((6, 3, 3), Layout.NCHW), TensorType((10, 5), Layout.NLC, prefix=1, grid=(3, 3))),
+        (TensorType((9, 3), Layout.NLC, grid=(3, 3)), TensorType((14, 4), Layout.NLC, prefix=5, grid=(3, 3))),
+    ],
+    ids=["class and registers to class and register", "a map to a class token", "no prefix to class and registers"],
+)
+def test_class_and_register_tokens_are_those_of_float64_least_squares(source, target, count):
+    """By numpy from each image's mean and prefix tokens, with fewer images than inputs and with more."""
+    stitch = build(source, target)
+    x, y = random_value(source, 1, count), random_value(target, 2, count)
+    y[:, : target.prefix] += x.flatten(1)[:, : target.channels].unsqueeze(1)
+    size = min(32, count // 4)
+    error = FitStitches().fit_to(stitch, x.split(size), y.split(size))
+    tokens = x.flatten(2).transpose(1, 2) if source.layout is Layout.NCHW else x
+    seen = np.concatenate([tokens[:, source.prefix :].mean(1, keepdim=True), tokens[:, : source.prefix]], 1)
+    rows = [(a.reshape(len(a), -1), b[:, : target.prefix].flatten(1).numpy()) for a, b in batched(seen, y, size)]
+    want = oracle(rows)
+    np.testing.assert_allclose(stitch.prefix.weight.detach(), want[:-1].T, atol=1e-8)
+    np.testing.assert_allclose(stitch.prefix.bias.detach(), want[-1], atol=1e-8)
+    if source.shape[:-1] == (9,) or source.layout is Layout.NCHW:  # no regridding: the body is rows as they are
+        body = [
+            (a.numpy().reshape(-1, source.channels), b[:, target.prefix :].flatten(0, 1).numpy())
+            for a, b in batched(tokens, y, size)
+        ]
+        np.testing.assert_allclose(stitch.linear.weight.detach(), oracle(body)[:-1].T, atol=1e-8)
+    assert 0 < error < 1.5
+
+
+def batched(one, other, size: int):
+    """Both in batches, side by side."""
+    return [(one[at : at + size], other[at : at + size]) for at in range(0, len(one), size)]
+
+
+@pytest.mark.parametrize("count", [8, 40, 100, 127])
+def test_few_images_hold_some_back_too_and_are_regularised(count):
+    """Where nothing was held back the fit's own error would choose the least penalty, and the stitch would be noise."""
+    torch.manual_seed(0)
+    source, target = TensorType((100,), Layout.NC), TensorType((5,), Layout.NC)
+    front, donor = Project(source, 1), nn.Sequential(Project(source, 1), nn.Linear(100, 5), nn.Tanh())
+    with torch.no_grad():
+        donor[1].weight.copy_(torch.randn(5, 100, generator=torch.Generator().manual_seed(3)) / 30)
+    stitch = stitching.build(source, target)
+    FitStitches().fit(stitch, front, donor, probe(count))
+    size = min(32, count // 4)
+    x, y = (torch.cat([m(i) for i, _ in probe(count).batches(size)]).detach().double().numpy() for m in (front, donor))
+    want = oracle(batched(x, y, size))
+    np.testing.assert_allclose(stitch.linear.weight.detach(), want[:-1].T, atol=1e-4)
+
+
 def test_broken_activations_are_refused():
     kind = TensorType((3, 8, 8), Layout.NCHW)
     with pytest.raises(DercError, match="not finite"):
