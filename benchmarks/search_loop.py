@@ -20,7 +20,8 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +34,8 @@ from benchmarks import cifarzoo
 from benchmarks.curves import plot
 from benchmarks.published_search import BUDGET, METHODS, Space, Trace
 from benchmarks.search_values import CACHE, Values, World, allowed, cifar, digits
-from derc.artifacts import Assembly, Evaluated, Knowledge
+from derc.artifacts import Assembly, EmbeddedZoo, Evaluated, Knowledge
+from derc.passes.adding import AddingParts
 from derc.passes.select import Select
 from derc.proposing import DESIGN, Propose, greedy
 from derc.scoring.codes import Naswot
@@ -70,6 +72,13 @@ class Instance:
     @property
     def name(self) -> str:
         return f"{self.world.name}/{self.proxy}"
+
+    @cached_property
+    def embedded(self) -> EmbeddedZoo:
+        """What a compile with this objective knows of the donors."""
+        context = replace(self.world.context, objective=self.proxy)
+        adding = AddingParts().run(context, self.world.analysis.partition)
+        return replace(self.world.analysis.embedded, parts=adding.parts)
 
     @property
     def donors(self) -> list[Assembly]:
@@ -126,7 +135,7 @@ def propose(instance: Instance, trace: Trace, count: int, best: int, seed: int, 
     seen = tuple(Evaluated(a, instance.score(value)) for a, value in trace.seen.items())
     known = Knowledge(seen, accurate=instance.proxy == "accuracy")
     step = Propose(select, count, best, seed, number)
-    found = step.run(world.context, analysis.cuts, analysis.embedded, analysis.partition, None, known)
+    found = step.run(world.context, analysis.cuts, instance.embedded, analysis.partition, None, known)
     return [one.candidate.assembly for one in found.found]
 
 

@@ -78,6 +78,13 @@ class StitchLosses:
 
 
 @dataclass(frozen=True)
+class BlockParts:
+    """What each block, by `str(BlockRef)`, is expected to add to the objective's score; empty: not known."""
+
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
 class EmbeddedZoo:
     """Similarity of all pairs of cuts over the probe set.
 
@@ -85,7 +92,8 @@ class EmbeddedZoo:
     the input and the output too. `accuracy` is each task donor's own accuracy on the labelled probe set. `halves` (2,
     cuts, cuts) is the similarity over either half of the probe set, where it is known. A zoo of very many cuts has
     `rows` instead: `similarity` is then empty, and that of two cuts is the product of their rows of length 1.
-    `stitches` is what stitches will lose, once that was looked at.
+    `stitches` is what stitches will lose, once that was looked at. `parts` says what each block (`str(BlockRef)`) adds
+    to the objective's score, where the objective is one of which that is known.
     """
 
     index: tuple[CutId, ...]
@@ -96,6 +104,7 @@ class EmbeddedZoo:
     halves: Array | None = None
     rows: Array | None = None
     stitches: StitchLosses | None = None
+    parts: dict[str, float] = field(default_factory=dict)
 
     def unlike(self, given: int, taken: int) -> float:
         """What a stitch between two rows of the index is expected to lose, in [0, 1]: 1 − similarity if not known."""

@@ -14,6 +14,7 @@ import numpy as np
 from cattrs.gen import make_dict_unstructure_fn
 
 from derc.analysed import Array as Array
+from derc.analysed import BlockParts as BlockParts
 from derc.analysed import CutDonor as CutDonor
 from derc.analysed import CutId as CutId
 from derc.analysed import CutZoo as CutZoo

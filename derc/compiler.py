@@ -16,6 +16,7 @@ from derc.disturbances import check_quiet
 from derc.errors import InfeasibleError, OverBudgetError
 from derc.measure import LEAST_LIMIT_S
 from derc.outcome import Outcome
+from derc.passes.adding import AddingParts
 from derc.passes.cut import CutDonors
 from derc.passes.embed import Embed
 from derc.passes.lower import Lower
@@ -52,7 +53,9 @@ def analyse(context: Context, settings: CompileSettings, timings: Timings) -> An
     step = PartitionZoo(blocks=settings.blocks, epsilon=settings.epsilon, exact=settings.exact, objective=settings.sets)
     partition = execute(step, context, cuts, embedded, timings=timings)
     if not settings.interval:
-        embedded = replace(embedded, stitches=execute(Stitchable(), context, cuts, partition, timings=timings))
+        stitches = execute(Stitchable(), context, cuts, partition, timings=timings)
+        adding = execute(AddingParts(), context, partition, timings=timings)
+        embedded = replace(embedded, stitches=stitches, parts=adding.parts)
     return Analysis(lowered, cuts, embedded, partition)
 
 

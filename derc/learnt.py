@@ -135,8 +135,11 @@ def prior_loss(
 
     A block bears its MACs' share of its donor's error (`errors`, None: 1 − the known accuracies), in a lower precision
     the `distortion` of its output too (by `str(BlockRef)`), a stitch the dissimilarity of what it joins, and a step
-    that leaves out equivalence sets their share of the network.
+    that leaves out equivalence sets their share of the network. Where the zoo knows the `parts` that blocks add to the
+    score, a block loses what it adds less than the best one of its set, and a set that is left out the best of a set.
     """
+    if embedded.parts:
+        return _parted(graph, embedded.parts)
     known = {name: 1 - accuracy for name, accuracy in embedded.accuracy.items()} if errors is None else errors
     errors, total, own = _donor_errors(cuts, known), _total_macs(cuts), np.zeros(len(graph.blocks) + 1)
     for place, block in enumerate(graph.blocks):
@@ -147,6 +150,17 @@ def prior_loss(
     loss: Array = graph.skipped / graph.sets + own[graph.head]
     stitched = np.flatnonzero(graph.stitch >= 0)
     loss[stitched] += STITCH_LOSS + DISSIMILARITY_LOSS * _unlike(graph, embedded, stitched)
+    return loss
+
+
+def _parted(graph: Layered, parts: Mapping[str, float]) -> Array:
+    """Loss of each edge from what blocks add to the score."""
+    adds = np.array([parts[str(block.plain)] for block in graph.blocks])
+    at = np.array([block.set for block in graph.blocks])
+    best = np.array([adds[at == place].max() if (at == place).any() else 0.0 for place in range(graph.sets)])
+    lowered = np.array([PRECISION_LOSS * (block.plain is not block) for block in graph.blocks])
+    own = np.append(best[at] - adds + lowered, 0.0)
+    loss: Array = own[graph.head] + graph.skipped * best.mean()
     return loss
 
 

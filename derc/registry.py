@@ -14,6 +14,7 @@ PASSES = {
     "cut": "derc.passes.cut:CutDonors",
     "embed": "derc.passes.embed:Embed",
     "partition": "derc.passes.partition:PartitionZoo",
+    "adding": "derc.passes.adding:AddingParts",
     "stitchable": "derc.passes.stitchable:Stitchable",
     "profile": "derc.passes.profile:Profile",
     "select": "derc.passes.select:Select",

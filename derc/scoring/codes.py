@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from derc.artifacts import Array
 from derc.data import Split
 from derc.scoring.evidence import Evidence, Subject, squash
 from derc.scoring.untouched import lent
@@ -80,8 +82,46 @@ def log_determinant(codes: list[torch.Tensor]) -> float:
     """log|K| of K = Σ c cᵀ + (1 - c)(1 - c)ᵀ over binary codes (n, units); 0 without codes."""
     if not codes:
         return 0.0
-    kernel = torch.zeros(len(codes[0]), len(codes[0]), dtype=torch.float64)
+    return float(np.linalg.slogdet(kernel(codes, len(codes[0])))[1])
+
+
+@torch.no_grad()
+def block_kernels(blocks: Sequence[nn.Module], probe: Split, options: Naswot) -> list[list[Array]]:
+    """For each of a donor's `blocks` in order, K_H of its activations within the donor, by batch: (n, n) float64."""
+    found: list[list[Array]] = [[] for _ in blocks]
+    for number, (x, _) in enumerate(probe.batches(options.batch)):
+        if number * options.batch >= options.images or len(x) < options.batch:
+            break
+        for kernels, block in zip(found, blocks, strict=True):
+            with Codes() as seen:
+                x = block(x.clone())
+            kernels.append(kernel([code for code in seen.codes if len(code) == len(x)], len(x)))
+    return found
+
+
+def kernel(codes: list[torch.Tensor], count: int) -> Array:
+    """K = Σ c cᵀ + (1 - c)(1 - c)ᵀ over binary codes (count, units), float64."""
+    total = torch.zeros(count, count, dtype=torch.float64)
     for code in codes:
         c = code.float()
-        kernel += (c @ c.T + (1 - c) @ (1 - c).T).double()
-    return float(torch.linalg.slogdet(kernel)[1])
+        total += (c @ c.T + (1 - c) @ (1 - c).T).double()
+    return total.numpy()
+
+
+def linear_parts(kernels: Sequence[Sequence[Array]], places: Sequence[int], options: Naswot) -> list[float]:
+    """What each block adds to NASWOT's share of a network that has one block at each of `places`, to first order.
+
+    log|M + D| ≈ log|M| + tr(M⁻¹ D) around the kernel M of the mean network. The mean over batches; 0 for all where M is
+    singular, as where nothing is activated.
+    """
+    parts, slopes = np.zeros(len(kernels)), list[float]()
+    for batch in zip(*kernels, strict=True):
+        by_place = {place: [one for one, at in zip(batch, places, strict=True) if at == place] for place in places}
+        mean = np.sum([np.mean(ones, axis=0) for ones in by_place.values()], axis=0)
+        sign, value = np.linalg.slogdet(mean)
+        if sign <= 0:
+            return [0.0] * len(kernels)
+        inverse = np.linalg.inv(mean)
+        parts += [float((inverse * one).sum()) for one in batch]
+        slopes.append(options.share(value + 0.5) - options.share(value - 0.5))
+    return [float(part * np.mean(slopes) / max(len(slopes), 1)) for part in parts]
