@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from benchmarks.accuracy_networks import BATCH, RATES
 from benchmarks.accuracy_plots import plots
 from benchmarks.accuracy_rounds import Round
 from benchmarks.accuracy_tables import costs, networks, table
-from benchmarks.accuracy_world import World, open_world
+from benchmarks.accuracy_world import NotComputedError, World, open_world
 from benchmarks.accuracy_zoo import FAMILIES, FULL, QUICK, Size
 from benchmarks.results import give
 from derc.errors import DercError
@@ -69,13 +70,25 @@ def protocol(world: World, seeds: int) -> dict[str, Any]:
     }
 
 
+def tuned(world: World, seeds: list[int]) -> list[Row]:
+    """The donors' own front of each seed."""
+    rows = []
+    for seed in seeds:
+        with suppress(NotComputedError):
+            rows += Round(world, seed).donors()
+    return rows
+
+
 def measured(world: World, seeds: list[int]) -> list[Row]:
     """A row for each budget and seed at which a donor fits."""
     rows = []
     for seed in seeds:
         for budget in world.budgets:
             start = time.perf_counter()
-            row = Round(world, seed).row(budget)
+            try:
+                row = Round(world, seed).row(budget)
+            except NotComputedError:
+                continue
             took = time.perf_counter() - start
             click.echo(f"seed {seed}, {budget:.3f} ms: {took:.0f} s{'' if row else ', nothing fits'}", err=True)
             rows += [row] if row else []
@@ -88,6 +101,7 @@ def measured(world: World, seeds: list[int]) -> list[Row]:
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--budgets", type=click.IntRange(1), default=10, show_default=True)
 @click.option("--seed-only", type=click.IntRange(0), help="Compute this seed alone, for the work folder.")
+@click.option("--known", is_flag=True, help="Report what the work folder has, compute nothing.")
 @click.option("--epochs", type=click.IntRange(1), help="Of the training of everything.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("out/accuracy"), show_default=True)
 @click.option("--plots", "folder", type=click.Path(path_type=Path), help="Write the plots there.")
@@ -98,6 +112,7 @@ def main(
     seeds: int,
     budgets: int,
     seed_only: int | None,
+    known: bool,
     epochs: int | None,
     work: Path,
     folder: Path | None,
@@ -113,10 +128,10 @@ def main(
     seeds, budgets = (1, QUICK_BUDGETS) if quick else (seeds, budgets)
     start = time.perf_counter()
     try:
-        world = open_world(shared, work / size.name, size, budgets)
+        world = open_world(shared, work / size.name, size, budgets, closed=known)
         chosen = list(range(seeds)) if seed_only is None else [seed_only]
         rows = measured(world, chosen)
-        donors = [row for seed in chosen for row in Round(world, seed).donors()]
+        donors = tuned(world, chosen)
     except DercError as error:
         raise click.ClickException(str(error)) from error
     ends = world.fastest, world.slowest

@@ -84,12 +84,12 @@ def points(rows: Iterable[Row], name: str, latency: str) -> list[Point]:
 
 
 def volume_gain(rows: Sequence[Row], donors: Sequence[Row], names: tuple[str, str], ends: tuple[float, float]) -> float:
-    """Points of the front's area between two latencies that assemblies add to donors, mean over seeds.
+    """Points of the front's area between two latencies that assemblies add to donors, mean over the donors' seeds.
 
     `names` are the state of the assemblies and that of the donors.
     """
     found, (fastest, slowest) = [], ends
-    for seed in sorted({row["seed"] for row in rows}):
+    for seed in sorted({row["seed"] for row in donors}):
         without = points((row for row in donors if row["seed"] == seed), names[1], "donor_ms")
         both = without + points((row for row in rows if row["seed"] == seed), names[0], "assembly_ms")
         found.append(100 * (area(both, fastest, slowest) - area(without, fastest, slowest)))

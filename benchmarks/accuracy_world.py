@@ -34,16 +34,26 @@ T = TypeVar("T")
 Row = dict[str, Any]
 
 
+class NotComputedError(Exception):
+    """A row that was not computed yet."""
+
+
 @dataclass(frozen=True)
 class Work:
-    """A folder in which everything that was computed stays; whatever is there is not computed again."""
+    """A folder in which everything that was computed stays; whatever is there is not computed again.
+
+    With `closed`, no row is made: one that is not there raises NotComputedError.
+    """
 
     folder: Path
+    closed: bool = False
 
     def row(self, key: str, make: Callable[[], Row]) -> Row:
         """The row of this key; `seconds`, unless the row has them, are those of making it."""
         path = self.folder / "rows" / f"{key}.json"
         if not path.is_file():
+            if self.closed:
+                raise NotComputedError(key)
             start = time.perf_counter()
             row = make()
             whole(path, lambda part: part.write_text(json.dumps({"seconds": time.perf_counter() - start, **row})))
@@ -116,9 +126,9 @@ class World:
         return self.prepared(seed).contexts[0]
 
 
-def open_world(shared: Path, folder: Path, size: Size, budgets: int) -> World:
+def open_world(shared: Path, folder: Path, size: Size, budgets: int, *, closed: bool = False) -> World:
     """Train the benchmark's own donors, analyse and profile the zoo, or take all that from the work folder."""
-    work, images = Work(folder), Images.load(shared)
+    work, images = Work(folder, closed), Images.load(shared)
     folder.mkdir(parents=True, exist_ok=True)
     with work.lock:
         zoo = load_zoo(shared, folder, size, images)
