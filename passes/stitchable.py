@@ -70,13 +70,11 @@ class Stitchable:
     def _agreement(self, context: Context, cut: CutId) -> tuple[float, ...]:
         """For each level of what is unexplained, the share of images on which the donor's answer stays as it was."""
         lowered, probe = context.lowered[cut.donor], context.data.probe.first(self.images)
-        ends = len(lowered.units)
-        before, rest = (
-            fronts.block(lowered, BlockRef(cut.donor, *part, 0)) for part in ((0, cut.cut), (cut.cut, ends))
-        )
+        before = fronts.block(lowered, BlockRef(cut.donor, 0, cut.cut, 0))
+        rest = fronts.block(lowered, BlockRef(cut.donor, cut.cut, len(lowered.units), 0))
         run = partial(context.fronts.run, probe, self.batch)
         value, own = torch.cat(list(run([before]))), torch.cat(list(run([before, rest]))).argmax(1)
-        generator, found = torch.Generator().manual_seed(context.seed), []
+        generator, found = torch.Generator().manual_seed(0), []
         for level in LEVELS:
             changed = blurred(value, lowered.cuts[cut.cut].type, level, generator)
             answers = torch.cat([rest.module(part.clone()) for part in changed.split(self.batch)]).argmax(1)
