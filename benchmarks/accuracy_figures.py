@@ -53,8 +53,8 @@ def spread(values: Sequence[float]) -> float:
 
 
 def wins(rows: Sequence[Row], name: str, other: str) -> float:
-    """The share of rows, those without an assembly too, in which `name` is above `other`."""
-    return share(row.get(name) is not None and (row.get(other) is None or row[name] > row[other]) for row in rows)
+    """The share of all rows, those that lack one of the two included, in which `name` is above `other`."""
+    return share(row.get(name) is not None and row.get(other) is not None and row[name] > row[other] for row in rows)
 
 
 def shortfall(rows: Sequence[Row], name: str, other: str) -> tuple[float, float]:
