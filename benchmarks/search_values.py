@@ -29,7 +29,7 @@ from derc.layered import Layered
 from derc.passes.score import Consult, Score
 from derc.passes.stitch import FitStitches
 from derc.pipeline import Context, Timings
-from derc.scoring.codes import Codes, Naswot, log_determinant
+from derc.scoring.codes import Codes, Naswot, kernel, log_determinant
 from derc.zoo import Zoo
 
 VALIDATION_BATCH = 64
@@ -157,20 +157,12 @@ class Values:
                 for step in steps[len(behind.steps) :]:
                     x = step.module(x.clone())
             total = behind.kernels[number] if behind.kernels else np.zeros((len(x), len(x)))
-            kernels.append(total + _kernel([code for code in seen.codes if len(code) == len(x)], len(x)))
+            kernels.append(total + kernel([code for code in seen.codes if len(code) == len(x)], len(x)))
         return tuple(kernels)
 
 
 def _keeping(step: Step, *, keep: bool) -> Step:
     return Step(step.key, step.module, keep)
-
-
-def _kernel(codes: list[torch.Tensor], count: int) -> Array:
-    total = np.zeros((count, count))
-    for code in codes:
-        c = code.float()
-        total += (c @ c.T + (1 - c) @ (1 - c).T).double().numpy()
-    return total
 
 
 def _logdet(kernel: Array) -> float:
