@@ -20,12 +20,13 @@ from derc.console import Console
 from derc.data import Data, Split
 from derc.errors import UsageError
 from derc.lowered import Lowered
+from derc.matching import BEST, TAIL
 from derc.measure import LEAST_LIMIT_S
 from derc.milp import choose
 from derc.modules import Stitch
 from derc.parts import Part, few, parts
 from derc.passes.emit import Emit
-from derc.passes.match import TAIL, Match
+from derc.passes.match import Match
 from derc.passes.package import Package
 from derc.passes.stitch import FitStitches
 from derc.pipeline import Context
@@ -184,7 +185,7 @@ def match(context: Context, stitched: StitchedAssembly, settings: CompileSetting
         return None
     if "data" in settings.defaulted:
         raise UsageError("--match needs images: give --data")
-    if teacher == "best":
+    if teacher == BEST:
         raise UsageError("--match-teacher best: no donors are judged here, so give tail or a donor's name")
     if teacher != TAIL:
         teacher = context.zoo[teacher].name

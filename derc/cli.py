@@ -125,7 +125,7 @@ def compile_(as_json: bool, quiet: bool, **flags: Any) -> None:
 
 
 @cli.command()
-@options(SOURCES, DEVICE, PRECISION, SIZES, PARTITION, SEARCH)
+@options(SOURCES, DEVICE, PRECISION, SIZES, PARTITION, SEARCH, MATCH)
 @click.option("--points", type=int, default=12, show_default=True, help="Latency budgets that are swept.")
 @click.option("-o", "--output", type=click.Path(), help="Directory of pareto.json, pareto.txt and pareto.svg.")
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")

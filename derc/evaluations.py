@@ -1,11 +1,11 @@
-"""The log of a search: each network that was evaluated, in order, what was believed of it and what proposed it."""
+"""The log of a search: each network that was evaluated or matched, in order, and what was believed of it before."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from derc.artifacts import Scores, StitchedAssembly, digest
 
@@ -18,6 +18,7 @@ FILE = "evaluations.jsonl"
 DONOR, PRIOR, MEAN, DRAW = "donor", "prior", "mean", "draw"
 """What may have proposed a network: it is a donor, or the best before anything was evaluated (a diverse design), by the
 posterior mean, or in a draw from the posterior."""
+MATCH: Literal["match"] = "match"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,32 @@ class Entry:
     failed: str | None = None
 
 
+@dataclass(frozen=True)
+class Rematch:
+    """What matching without labels did to a network that was evaluated before, after `round`; `number` counts on.
+
+    `images` were shown in `seconds`, those that the training took when it was first done. The agreement with the
+    `teacher` is that on the validation images; the `score` is that of the matched network, which is `kept` unless it is
+    below the one `score_before`.
+    """
+
+    number: int
+    round: int
+    assembly: str
+    teacher: str
+    images: int
+    agreement_before: float
+    agreement: float
+    score_before: float
+    score: float
+    kept: bool
+    seconds: float
+    by: Literal["match"] = field(default=MATCH)
+
+
+Line = Entry | Rematch
+
+
 def kept_seconds(
     store: Store, stitched: StitchedAssembly, scores: Scores, seconds: float, watch: Timings
 ) -> float | None:
@@ -55,11 +82,12 @@ def kept_seconds(
     return round(seconds, 6)
 
 
-def lines(entries: Iterable[Entry]) -> str:
-    """JSON, one evaluation a line."""
+def lines(entries: Iterable[Line]) -> str:
+    """JSON, one evaluation or matching a line."""
     return "".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries)
 
 
-def read(text: str) -> tuple[Entry, ...]:
+def read(text: str) -> tuple[Line, ...]:
     """Inverse of `lines`."""
-    return tuple(Entry(**json.loads(line)) for line in text.splitlines())
+    rows = [json.loads(line) for line in text.splitlines()]
+    return tuple(Rematch(**row) if row["by"] == MATCH else Entry(**row) for row in rows)

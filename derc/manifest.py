@@ -45,7 +45,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "prediction": _prediction(outcome.search.table),
         "accuracy": accuracies(outcome),
         **_heads(outcome),
-        "matching": _matching(outcome.chosen),
+        "matching": matching(outcome.chosen),
         "solver": _solver(outcome.search),
         "donors": _donors(outcome),
         "candidates": [_candidate(one, outcome) for one in outcome.search.judged.values()],
@@ -199,7 +199,7 @@ def _fitted(head: FittedHead) -> dict[str, Any]:
     }
 
 
-def _matching(one: Judged) -> dict[str, Any] | None:
+def matching(one: Judged) -> dict[str, Any] | None:
     """What training without labels did to a network; None where there was none."""
     matched = one.matched
     if matched is None:
@@ -244,7 +244,7 @@ def _candidate(one: Judged, outcome: Outcome) -> dict[str, Any]:
         "objective": one.scores.accuracy if one.scores.estimate is None else one.scores.estimate,
         "predicted_ms": _predicted(one, outcome.search.table),
         "measured_ms": one.measured.ms if one.measured and one.measured.provenance == "measured" else None,
-        "matching": _matching(one),
+        "matching": matching(one),
     }
 
 

@@ -20,6 +20,8 @@ from derc.lowered import Lowered
 from derc.parts import parts
 from derc.recall import Recall, chunks
 
+TAIL, BEST = "tail", "best"
+"""Teachers that are not a donor's name: the last block's donor, and the donor that is judged the best."""
 TEMPERATURE = 2.0
 """Softens both answers before they are compared (Hinton et al. 2015)."""
 FEATURES = 0.3

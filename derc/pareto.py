@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from derc import sweep
 from derc.artifacts import Assembly
 from derc.compiler import open_search, prepare
-from derc.config import CompileSettings
+from derc.config import KEYS, CompileSettings
 from derc.console import Console
 from derc.errors import UsageError
+from derc.manifest import matching
 from derc.measure import LEAST_LIMIT_S
 from derc.passes.select import spans
+from derc.refining import refine_these
 from derc.report.front import draw
+from derc.search import Judged
 from derc.summary import command_line
 from derc.sweep import Networks, hypervolume
 from derc.tables import replace_file
@@ -24,6 +28,8 @@ from derc.version import VERSION
 
 SCHEMA = 1
 FILES = ("pareto.json", "pareto.txt", "pareto.svg")
+OPTIONS = tuple(name for name in KEYS if name not in ("latency_ms", "emit"))
+"""Settings that a sweep has a use for."""
 PER_POINT = 8
 """Evaluations for each point, where their number was not given."""
 
@@ -39,10 +45,11 @@ def write_front(settings: CompileSettings, points: int, output: Path, console: C
     sweep.check(points, total)
     _check(output)
     prepared = prepare(settings, console)
+    improve = partial(refine_these, amount=settings.match_amount, teacher=settings.match_teacher)
     found = []
     for number in range(len(prepared.contexts)):
         search = open_search(prepared, settings, prepared.timings, number)
-        found.append(sweep.sweep(search, points, total, (settings.profile_s or LEAST_LIMIT_S) / 2))
+        found.append(sweep.sweep(search, points, total, (settings.profile_s or LEAST_LIMIT_S) / 2, improve))
     told = describe(found, settings)
     text = table(told)
     contents = (json.dumps(told, indent=1) + "\n", text + "\n", draw(told))
@@ -66,7 +73,7 @@ def describe(found: Sequence[Networks], settings: CompileSettings) -> dict[str, 
     return {
         "schema": SCHEMA,
         "derc": VERSION,
-        "command": command_line(settings, "pareto"),
+        "command": command_line(settings, "pareto", "--points", str(len(found[0].budgets)), names=OPTIONS),
         "target": found[0].search.context.target.name,
         "engines": [one.search.context.engine.describe() for one in found],
         "score": "validation accuracy" if labelled else "agreement with the task donors",
@@ -92,8 +99,15 @@ def _row(one: Networks, assembly: Assembly) -> dict[str, Any]:
         "provenance": latency.provenance,
         "stable": latency.stable,
         "score": judged.scores.value,
+        "matching": _matching(judged),
         **{name: judged.predicted[name] for name in ("params", "macs", "memory_mb")},
     }
+
+
+def _matching(one: Judged) -> dict[str, Any] | None:
+    """As a manifest has it, and `score_before`; None for a network that was not matched."""
+    told = matching(one)
+    return told and {**told, "score_before": (one.unmatched or one.scores).value}
 
 
 def table(told: dict[str, Any]) -> str:
@@ -104,7 +118,7 @@ def table(told: dict[str, Any]) -> str:
             low, high = row["ci95_ms"]
             lines.append(
                 f"{row['ms']:>10.4f}  {f'{low:.4f} – {high:.4f}':<17}  {row['provenance']:<9}  {row['score']:>10.1%}  "
-                f"{row['params'] / 1e6:>8.3f}  {row['spans']}{'  (intact)' if row['intact'] else ''}"
+                f"{row['params'] / 1e6:>8.3f}  {row['spans']}{_remark(row)}"
             )
     volume = told["hypervolume"]
     lines.append("")
@@ -113,6 +127,13 @@ def table(told: dict[str, Any]) -> str:
         f"assemblies, {volume['intact']:.1%} with intact donors alone"
     )
     return "\n".join(lines)
+
+
+def _remark(row: dict[str, Any]) -> str:
+    """What the table says behind a network's name."""
+    told = row["matching"]
+    matched = f"  (matched, {told['score_before']:.1%} before)" if told and told["kept"] else ""
+    return "  (intact)" if row["intact"] else matched
 
 
 def _check(output: Path) -> None:

@@ -24,7 +24,7 @@ from derc.artifacts import (
 )
 from derc.deployed import differs
 from derc.errors import DercError, InfeasibleError, MissingDependencyError
-from derc.evaluations import DONOR, PRIOR, Entry, kept_seconds
+from derc.evaluations import DONOR, PRIOR, Entry, Line, kept_seconds
 from derc.parts import few, parts
 from derc.passes.head import RefitHead
 from derc.passes.score import Consult, Score
@@ -69,8 +69,8 @@ class Search:
     failed: dict[Assembly, str] = field(default_factory=dict)
     """Assemblies that the engine could not build, or not compute in their precisions, and why."""
     selection: Selection | None = None
-    log: list[Entry] = field(default_factory=list)
-    """Every evaluation in order, of donors and of what failed too."""
+    log: list[Line] = field(default_factory=list)
+    """Every evaluation in order, of donors and of what failed too, and what matching did to the best."""
     told_few: bool = False
 
     def run(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,9 @@ from derc.search import Search
 from derc.shipping import latency_of
 
 LOOKS = 4
-"""How often what a measurement has brought to the front is measured in turn."""
+"""How often what a measurement has brought to the front is matched and measured in turn."""
+Improve = Callable[[Search, Sequence[Assembly]], None]
+"""May replace evaluated networks of a search by better ones of the same structure."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,13 @@ def check(points: int, evaluations: int) -> None:
         raise UsageError(f"--evaluations {evaluations} is less than one for each of {points} points: give more")
 
 
-def sweep(search: Search, points: int, evaluations: int, measure_s: float) -> Networks:
+def sweep(
+    search: Search, points: int, evaluations: int, measure_s: float, improve: Improve = lambda *_: None
+) -> Networks:
     """Search within `points` budgets from the fastest donor's latency to the slowest's, `evaluations` more at each.
 
-    What one budget has taught serves the next. Where the device is here, every network of the front is measured whole.
+    What one budget has taught serves the next. Then the `contenders` are improved, and where the device is here, every
+    network of the front is measured whole.
     """
     budgets = grid(search, points)
     for place, budget in enumerate(budgets):
@@ -50,9 +55,11 @@ def sweep(search: Search, points: int, evaluations: int, measure_s: float) -> Ne
         search.evaluations = search.spent + evaluations // points + (place < evaluations % points)
         with suppress(InfeasibleError):  # margins may leave nothing below the fastest donor
             search.spend() if place else search.run()
-    for _ in range(LOOKS if search.context.target.present else 0):
+    for _ in range(LOOKS):
+        improve(search, contenders(search, budgets))
         best = front(search)
-        if all(latency_of(search, search.judged[a]).provenance == "measured" for a in best):
+        known = all(latency_of(search, search.judged[a]).provenance == "measured" for a in best)
+        if known or not search.context.target.present:
             break
         _measure(search, best, measure_s)
     return Networks(search, budgets)
@@ -80,6 +87,17 @@ def front(search: Search) -> tuple[Assembly, ...]:
             kept.append(assembly)
             best = judged[assembly].scores.value
     return tuple(kept)
+
+
+def contenders(search: Search, budgets: Sequence[float]) -> tuple[Assembly, ...]:
+    """The front, and the best assembly within each of the budgets, for it may come to the front if it is improved."""
+    found = dict.fromkeys(front(search))
+    others = [a for a in search.judged if not a.intact]
+    for budget in budgets:
+        within = [a for a in others if latency_of(search, search.judged[a]).ms <= budget]
+        if within:
+            found[max(within, key=lambda a: search.judged[a].scores.value)] = None
+    return tuple(found)
 
 
 def _measure(search: Search, assemblies: Sequence[Assembly], limit_s: float) -> None:

@@ -15,6 +15,7 @@ from derc.donor import Donor
 from derc.engine import Engine, parse
 from derc.errors import UsageError
 from derc.lowered import Lowered
+from derc.matching import BEST, TAIL
 from derc.milp import choose
 from derc.passes.cut import CutDonors, find_cuts
 from derc.passes.lower import lower
@@ -135,7 +136,7 @@ def open_contexts(settings: CompileSettings, console: Console) -> tuple[Context,
         check_objective(settings.objective, (own, *more[1:]))
     store = Store.default(say=console.say, on_damage=console.say)
     zoo = open_zoo(settings, store, console)
-    if settings.match_amount and settings.match_teacher not in ("tail", "best"):
+    if settings.match_amount and settings.match_teacher not in (TAIL, BEST):
         _ = zoo[settings.match_teacher]  # refused now, not when the search is over
     data = open_data(settings, zoo, console)
     lowered = LiveDonors(zoo, NEGLIGIBLE)

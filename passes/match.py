@@ -13,12 +13,11 @@ from derc.data import Split
 from derc.errors import UsageError
 from derc.fronts import Step
 from derc.judge import columns_of
-from derc.matching import Learner, Lesson, learner
+from derc.matching import TAIL, Learner, Lesson, learner
 from derc.matching_training import Training
 from derc.parts import entry
 from derc.pipeline import Context
 
-TAIL = "tail"
 LARGEST = 2**31
 """Bytes of different images that are held at once; more are shown in several passes."""
 PER_SECOND = 100

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import derc
-from derc import bundle, deployed, stitching
+from derc import bundle, deployed, evaluations, stitching
 from derc.amounts import Amount
 from derc.artifacts import Assembly, BlockRef, Joint, Matched, StitchedAssembly
 from derc.assembled import live
@@ -28,6 +28,7 @@ from derc.batchnorm import reestimated
 from derc.console import Console
 from derc.data import Data
 from derc.errors import UsageError
+from derc.evaluations import Rematch
 from derc.fronts import Step
 from derc.matching import Learner, Lesson, agreement
 from derc.matching_training import Training
@@ -387,3 +388,19 @@ def test_a_compile_that_is_killed_while_matching_comes_to_the_same_network(tmp_p
             (candidate["matching"] or {}).pop("seconds", None)
     assert [c["matching"] for c in one["candidates"]] == [c["matching"] for c in other["candidates"]]
     assert sum(c["matching"] is not None for c in one["candidates"]) == len(every)
+    logs = [evaluations.read((tmp_path / name / evaluations.FILE).read_text()) for name in ("whole", "resumed")]
+    whole, resumed = ([replace(line, seconds=None) for line in log] for log in logs)
+    assert whole == resumed and [line.number for line in whole] == list(range(1, len(whole) + 1))
+    assert evaluations.read(evaluations.lines(logs[0])) == logs[0]
+    of_manifest = {c["assembly"]: c for c in other["candidates"] if c["matching"]}
+    lines = {line.assembly: line for line in resumed if isinstance(line, Rematch)}
+    assert lines.keys() == of_manifest.keys() and all(isinstance(line, Rematch) for line in whole[-len(every) :])
+    for name, line in lines.items():
+        told, scored = of_manifest[name]["matching"], {e.assembly: e.score for e in resumed if e.by != "match"}
+        assert (line.teacher, line.images, line.kept) == (told["teacher"], told["images"], told["kept"])
+        assert {"before": line.agreement_before, "after": line.agreement} == {
+            key: told["agreement"][key] for key in ("before", "after")
+        }
+        assert line.score_before == scored[name] == told["validation"]["before"]
+        assert line.kept == (line.score >= line.score_before)
+        assert told["validation"]["after"] == max(line.score, line.score_before)

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from derc import bundle
+from derc.artifacts import Matched
+from derc.assembled import live
 from derc.cli import cli
 from derc.config import resolve_all
+from derc.data import Data
 from derc.errors import InfeasibleError, UsageError
 from derc.pareto import FILES
+from derc.store import Store
 from derc.sweep import hypervolume
+from derc.workspace import NEGLIGIBLE, LiveDonors
+from derc.zoo import Zoo
 
 FLAGS = ("--data", "digits", "--evaluations", "6", "--probe", "128", "--profile-s", "4", "-q")
 
@@ -66,6 +76,64 @@ def test_the_front_is_written_as_table_json_and_plot(front):
     assert len(drawn.findall("{http://www.w3.org/2000/svg}circle")) == len(told["networks"])
 
 
+@pytest.fixture(scope="module")
+def matched_front(compiled, front, tmp_path_factory):
+    """The same with matching: what was said, the folder, and the networks that were matched, by their assemblies."""
+    store, folder = Store(Path(os.environ["DERC_CACHE"])), tmp_path_factory.mktemp("matched") / "out"
+    before = {entry.key for entry in store.entries()}
+    words = ["--zoo", compiled[2], *FLAGS, "--points", 3, "--match", 1280, "--match-teacher", "best"]
+    told = json.loads(run("pareto", *words, "-o", folder, "--json"))
+    found = [store.get(e.key, Matched) for e in store.entries() if e.note == "match" and e.key not in before]
+    return told, folder, {str(one.stitched.assembly): one for one in found}
+
+
+def test_what_matters_for_the_front_is_matched_and_nothing_else_changes(front, matched_front):
+    told, _, matched = matched_front
+    rows, plain = told["networks"], {row["assembly"]: row for row in front[0]["networks"]}
+    assert {row["assembly"] for row in rows} == plain.keys() and all(row["matching"] is None for row in plain.values())
+    assert matched and {row["assembly"] for row in rows if row["matching"]} == matched.keys()
+    others = [row for row in rows if not row["intact"]]
+    assert all(row["matching"] for row in others if row["front"])
+    for budget in told["budgets_ms"]:
+        within = [(row["score"], row["matching"] is not None) for row in others if row["ms"] <= budget]
+        assert not within or max(within)[1]
+    for row in rows:
+        was = plain[row["assembly"]]["score"]
+        assert row["score"] >= was if row["matching"] else row["score"] == was
+        assert row["matching"] is None or row["matching"]["score_before"] == was
+
+
+@torch.no_grad()
+def test_a_matched_network_has_the_accuracy_that_it_has_by_itself(compiled, matched_front):
+    told, folder, matched = matched_front
+    donors = LiveDonors(Zoo.load(str(compiled[2]), checkpoint=None), NEGLIGIBLE)
+    split = Data.load("digits", probe=128).validation
+    images = next(iter(split.batches(len(split))))[0]
+    rows = {row["assembly"]: row for row in told["networks"]}
+    for name, one in matched.items():
+        answers = live(one.stitched, donors).eval()(images.clone()).argmax(1).numpy()
+        accuracy, how = float(np.mean(answers == split.labels)), rows[name]["matching"]
+        assert how["kept"] == (accuracy >= how["score_before"])
+        assert rows[name]["score"] == pytest.approx(max(accuracy, how["score_before"]), abs=1e-9)
+        assert (how["images"], how["seconds"]) == (one.images, one.seconds) and 0 < one.images <= 1280
+        assert how["agreement"]["after"] == pytest.approx(one.after, abs=1e-6)
+        assert how["agreement"]["before"] <= how["agreement"]["after"]
+    text, drawn = ((folder / name).read_text() for name in ("pareto.txt", "pareto.svg"))
+    shown = [row for row in rows.values() if row["front"] and row["matching"] and row["matching"]["kept"]]
+    for row in shown:
+        assert f"{row['spans']}  (matched, {row['matching']['score_before']:.1%} before)\n" in text
+    assert text.count("  (matched, ") == len(shown)
+    assert drawn.count(", matched, ") == sum((r["matching"] or {}).get("kept", False) for r in rows.values())
+
+
+def test_the_command_of_a_front_is_one_that_derc_takes(matched_front):
+    command = matched_front[0]["command"]
+    words = shlex.split(command)
+    assert words[:4] == ["derc", "pareto", "--points", "3"] and "--match 1280 --match-teacher best" in command
+    given = cli.commands["pareto"].make_context("pareto", words[2:]).params
+    assert (given["points"], given["match"], given["evaluations"]) == (3, "1280", 6)
+
+
 def test_a_front_cannot_be_asked_for_wrongly(front, tmp_path):
     def refused(match, *words):
         with pytest.raises(UsageError, match=match):
@@ -73,6 +141,8 @@ def test_a_front_cannot_be_asked_for_wrongly(front, tmp_path):
 
     refused("--points must be at least 2", "--points", 1, "-o", tmp_path / "p")
     refused("exists already", "-o", front[1])
+    refused("--match: must be a number of images", "--match", "64x", "-o", tmp_path / "p")
+    refused("did you mean 'convnext'", "--match", 64, "--match-teacher", "convnextt", "-o", tmp_path / "q")
     (tmp_path / "file").touch()
     refused("cannot be written", "-o", tmp_path / "file")
     assert not (tmp_path / "p").exists()

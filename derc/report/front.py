@@ -73,8 +73,9 @@ def _stairs(x: Axis, y: Axis, rows: list[dict[str, Any]], kind: str) -> str:
 
 def _mark(x: Axis, y: Axis, row: Mapping[str, Any]) -> str:
     kind = ("donor" if row["intact"] else "assembly") + (" best" if row["front"] else "")
-    score = quantities.percent(row["score"])
-    title = f"{row['spans']}: {quantities.milliseconds(row['ms'])} {row['provenance']}, {score}"
+    score, told = quantities.percent(row["score"]), row["matching"]
+    matched = f", matched, {quantities.percent(told['score_before'])} before" if told and told["kept"] else ""
+    title = f"{row['spans']}: {quantities.milliseconds(row['ms'])} {row['provenance']}, {score}{matched}"
     at = f'cx="{x.at(row["ms"])}" cy="{y.at(row["score"])}"'
     return f'<circle class="{kind}" {at} r="{5 if row["intact"] else 4}"><title>{escape(title)}</title></circle>'
 
