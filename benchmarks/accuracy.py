@@ -11,8 +11,6 @@ stays in --work, so that a run that was cut off goes on, and `--seed-only 1` let
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 import time
 from contextlib import suppress
@@ -32,26 +30,10 @@ from benchmarks.accuracy_rounds import Round
 from benchmarks.accuracy_tables import costs, networks, table
 from benchmarks.accuracy_world import NotComputedError, World, open_world
 from benchmarks.accuracy_zoo import FAMILIES, FULL, QUICK, Size
-from benchmarks.results import give
+from benchmarks.results import give, machine
 from derc.errors import DercError
 
 QUICK_BUDGETS = 2
-
-
-def machine() -> dict[str, Any]:
-    """Where this runs."""
-    names = [line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def protocol(world: World, seeds: int) -> dict[str, Any]:

@@ -13,18 +13,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
 import sys
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.children import run
+from benchmarks.results import machine
 
 LARGEST = 100_000_000
 QUICK = (
@@ -126,17 +124,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def mark(value: bool | None) -> str:
     return "–" if value is None else "yes" if value else "no"
-
-
-def machine() -> dict[str, Any]:
-    names = ("torch", "timm", "onnx", "onnxruntime", "derc")
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
 
 
 def read_state(state: Path) -> dict[str, dict[str, Any]]:

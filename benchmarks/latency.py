@@ -24,8 +24,7 @@ import click
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.coverage import machine
-from benchmarks.results import give
+from benchmarks.results import give, machine
 from derc import layered, registry
 from derc.artifacts import Assembly, BlockRef, CutZoo, Latency, LatencyTable, Partition
 from derc.console import Console

@@ -34,8 +34,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cifarzoo
 from benchmarks.contexts import open_context
-from benchmarks.coverage import machine
-from benchmarks.results import give
+from benchmarks.results import give, machine
 from derc import layered, registry
 from derc.artifacts import Array, Assembly, Consensus, StitchedAssembly
 from derc.assembled import assemble, seeded

@@ -19,8 +19,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import search_loop
-from benchmarks.coverage import machine
-from benchmarks.results import give
+from benchmarks.results import give, machine
 from benchmarks.search_partition import partition_rows, similarity_rows
 from benchmarks.search_selection import selection_rows
 

@@ -41,17 +41,9 @@ Pair = tuple[tuple[str, int], tuple[str, int]]
 Form = Callable[[Moments], torch.Tensor]
 
 
-def centred(sums: Moments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums of products around the means of features, and with targets, and both means."""
-    count = sums.xx[-1, -1]
-    mean_x, mean_y = sums.xx[:-1, -1] / count, sums.xy[-1] / count
-    xx = sums.xx[:-1, :-1] - count * torch.outer(mean_x, mean_x)
-    return xx, sums.xy[:-1] - count * torch.outer(mean_x, mean_y), mean_x, mean_y
-
-
 def affine(sums: Moments) -> torch.Tensor:
     """A scale and a bias for each channel."""
-    xx, xy, mean_x, mean_y = centred(sums)
+    xx, xy, mean_x, mean_y = sums.centred()
     scale = xy.diagonal() / xx.diagonal().clamp_min(1e-12)
     return torch.cat([torch.diag(scale), (mean_y - mean_x * scale)[None]])
 
@@ -63,7 +55,7 @@ def identity(sums: Moments) -> torch.Tensor:
 
 def low_rank(sums: Moments, strength: float, share: int) -> torch.Tensor:
     """Reduced-rank ridge regression (Mukherjee and Zhu 2011): of the smaller width only 1/`share` directions."""
-    full, (_, xy, mean_x, mean_y) = sums.solve(strength)[:-1], centred(sums)
+    full, (_, xy, mean_x, mean_y) = sums.solve(strength)[:-1], sums.centred()
     explained = full.T @ xy
     rank = max(1, min(full.shape) // share)
     kept = torch.linalg.eigh((explained + explained.T) / 2)[1][:, -rank:]

@@ -12,7 +12,6 @@ these labels. Nothing is trained.
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cifarzoo
 from benchmarks.contexts import open_context
-from benchmarks.results import give
+from benchmarks.results import give, machine
 from derc.artifacts import Array
 from derc.assembled import live
 from derc.compiler import Prepared, analyse, latencies, open_search
@@ -203,7 +202,6 @@ def main(
                 search.run()
                 rows.append(row(task, seed, search, budget))
                 print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     protocol = {
         "evaluations": evaluations,
         "quick": quick,
@@ -211,7 +209,7 @@ def main(
         "seconds": round(time.time() - start),
     }
     print(table(rows))
-    give({"machine": machine, "protocol": protocol, "rows": rows, "figures": figures(rows)}, output)
+    give({"machine": machine(), "protocol": protocol, "rows": rows, "figures": figures(rows)}, output)
 
 
 if __name__ == "__main__":

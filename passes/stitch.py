@@ -47,12 +47,16 @@ class Moments:
         total.xx, total.xy, total.yy = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy
         return total
 
-    def solve(self, strength: float) -> torch.Tensor:
-        """(p + 1, q) coefficients; the intercept is not penalised. (XᵀX + λI)⁻¹ XᵀY around the means."""
+    def centred(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """XᵀX (p, p) and XᵀY (p, q) around the means of features and targets, and these means."""
         count = self.xx[-1, -1]
         mean_x, mean_y = self.xx[:-1, -1] / count, self.xy[-1] / count
         xx = self.xx[:-1, :-1] - count * torch.outer(mean_x, mean_x)
-        xy = self.xy[:-1] - count * torch.outer(mean_x, mean_y)
+        return xx, self.xy[:-1] - count * torch.outer(mean_x, mean_y), mean_x, mean_y
+
+    def solve(self, strength: float) -> torch.Tensor:
+        """(p + 1, q) coefficients; the intercept is not penalised. (XᵀX + λI)⁻¹ XᵀY around the means."""
+        xx, xy, mean_x, mean_y = self.centred()
         penalty = strength * xx.diagonal().mean().clamp_min(1e-12)
         weight = torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=torch.float64), xy)
         return torch.cat([weight, (mean_y - mean_x @ weight)[None]])
