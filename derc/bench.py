@@ -12,6 +12,7 @@ import torch
 
 from derc import bundle, enginelock, exporting, registry
 from derc.console import Console
+from derc.donor import left_out
 from derc.engine import Engine, Session
 from derc.errors import DercError, UsageError
 from derc.lowered import Lowered
@@ -95,18 +96,18 @@ def _add_donors(
     live = LiveDonors(zoo, manifest["zoo"]["negligible"])
     for name in console.track(zoo.names, "export", len(zoo.names)):
         try:
-            session = engine.open(_export(live[name], batch))
+            session = engine.open(_export(live[name], batch, name))
         except UsageError as error:
-            console.say(f"donor {name} is left out: {error}")
+            console.say(left_out(name, error))
             continue
         stack.callback(session.close)
         calls[name] = session.time
     return None
 
 
-def _export(lowered: Lowered, batch: int) -> bytes:
+def _export(lowered: Lowered, batch: int, name: str) -> bytes:
     example = torch.zeros(batch, *lowered.cuts[0].type.shape)
-    return exporting.export(lowered.block(0, len(lowered.units)), example, ("output",))
+    return exporting.export(lowered.block(0, len(lowered.units)), example, ("output",), name=f"donor {name}")
 
 
 def _result(

@@ -13,6 +13,7 @@ from derc.artifacts import CutZoo, EmbeddedZoo, LatencyTable, LoweredZoo, Partit
 from derc.config import CompileSettings
 from derc.console import Console
 from derc.disturbances import check_quiet
+from derc.donor import left_out
 from derc.errors import InfeasibleError, OverBudgetError
 from derc.measure import LEAST_LIMIT_S
 from derc.outcome import Outcome
@@ -29,6 +30,7 @@ from derc.refining import refine
 from derc.search import Search
 from derc.shipping import margin_of, ship
 from derc.summary import summarise
+from derc.tables import span
 from derc.tabling import foresee
 from derc.transfer import with_heads
 from derc.workspace import NEGLIGIBLE, open_contexts
@@ -68,6 +70,15 @@ def profile(context: Context, analysis: Analysis, settings: CompileSettings, tim
     return execute(Profile(limit_s=settings.profile_s), context, analysis.cuts, analysis.partition, timings=timings)
 
 
+def tell_left_out(context: Context, *tables: LatencyTable) -> None:
+    """Say, once, which donors have no block with a latency, and why."""
+    known = {span(block)[0] for table in tables for block in table.blocks}
+    for name in context.zoo.names:
+        why = next((table.failed[name] for table in tables if name in table.failed), None)
+        if name not in known and why is not None:
+            context.console.say(left_out(name, why))
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What does not depend on the budget; `started` is on the clock of `time.perf_counter`."""
@@ -90,6 +101,7 @@ def prepare(settings: CompileSettings, console: Console) -> Prepared:
     heads = context.data.task_donors(context.zoo)
     analysis = analyse(context, settings, timings)
     tables = tuple(latencies(one, analysis, settings, timings) for one in contexts)
+    tell_left_out(context, *tables)
     return Prepared(contexts, heads, analysis, tables, timings, started)
 
 

@@ -136,14 +136,13 @@ def example(kind: TensorType, batch: int) -> torch.Tensor:
 def exportable(context: Context, partition: Partition) -> tuple[Partition, dict[str, str]]:
     """The partition without donors that cannot be exported, and why by the names of these and of their blocks.
 
-    The console is told. Raises UsageError where no donor is left.
+    Raises UsageError where no donor is left.
     """
     failed: dict[str, str] = {}
     for name in context.console.track(partition.blocks, "export", len(partition.blocks)):
         try:
             donor_model(context, name)
         except UsageError as error:
-            context.console.say(f"{error}; it is left out")
             failed |= dict.fromkeys([name, *map(str, partition.blocks[name])], str(error))
     left = {name: blocks for name, blocks in partition.blocks.items() if name not in failed}
     if not left:

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 NOT_IN_DIGEST = ("kwargs", "native", "weights", "drop", "folder", "offline", "head")
 
 
+def left_out(name: str, why: object) -> str:
+    """What the console says of a donor that cannot be used; an error may begin with the donor's name itself."""
+    return f"donor {name} is left out: {str(why).removeprefix(f'donor {name} ')}"
+
+
 @dataclass(frozen=True)
 class Donor:
     """A pretrained network; `factory` is a library's, ``timm:NAME``, or ``package.module:function``, or ``onnx:FILE``.

@@ -155,7 +155,7 @@ def _partition_lines(found: Partition) -> list[str]:
 
 def show_profile(settings: CompileSettings, console: Console, output: Path | None) -> Shown:
     """The latency table; written to `output`, to be imported elsewhere, with the raw samples beside it where given."""
-    from derc.compiler import analyse
+    from derc.compiler import analyse, tell_left_out
     from derc.compiler import profile as measure
     from derc.tables import write
     from derc.workspace import open_context
@@ -166,6 +166,7 @@ def show_profile(settings: CompileSettings, console: Console, output: Path | Non
     timings = Timings()
     analysis = analyse(context, settings, timings)
     table = measure(context, analysis, settings, timings)
+    tell_left_out(context, table)
     if output is not None:
         from derc.tabling import table_file
 

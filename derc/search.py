@@ -132,7 +132,8 @@ class Search:
             lacking = [str(block) for block in assembly.blocks if str(block) not in self.table.blocks]
             if lacking or name not in self.table.donors:
                 why = self.table.failed.get(name) or f"{', '.join(lacking) or name} could not be built"
-                self.context.console.say(f"donor {name} is no candidate as a whole: {why}")
+                if len(lacking) < len(assembly.blocks):  # else it is left out altogether, and said to be
+                    self.context.console.say(f"donor {name} is no candidate as a whole: {why}")
                 del intact[name]
         self._evaluate([Proposal(Candidate(assembly, 0.0, {}), DONOR, nan, nan) for assembly in intact.values()], 0)
         for name, assembly in intact.items():

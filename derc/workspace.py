@@ -11,7 +11,7 @@ from derc import registry, scoring, triton
 from derc.artifacts import digest
 from derc.console import Console
 from derc.data import Data
-from derc.donor import Donor
+from derc.donor import Donor, left_out
 from derc.engine import Engine, parse
 from derc.errors import UsageError
 from derc.lowered import Lowered
@@ -81,7 +81,7 @@ def load_zoo(settings: CompileSettings, console: Console) -> Zoo:
         check=lambda _: None,
     )
     for name, reason in zoo.left_out.items():
-        console.say(f"donor {name} is left out: {reason}")
+        console.say(left_out(name, reason))
     return zoo
 
 
