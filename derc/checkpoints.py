@@ -121,7 +121,7 @@ def load_into(
     drop: Iterable[str] = (),
     rename: Callable[[State], State] = lambda state: state,
 ) -> str:
-    """Load the checkpoint `path` into `module` strictly, and say what was taken where that is not plain.
+    """Load the checkpoint `path` into `module` as `load_state_into` does, and say what was taken if that is not plain.
 
     Prefixes that wrappers put before the network's names are removed where the names then are the network's; else
     `rename` may know them. Entries whose name begins with one of `drop` are left out. Raises UsageError that names the
@@ -158,6 +158,11 @@ def _without(state: State, drop: tuple[str, ...]) -> State:
     return {name: value for name, value in state.items() if not name.startswith(drop)} if drop else state
 
 
+def _counted(name: str) -> bool:
+    """Whether this is a batch norm's count of its batches, which older state dicts lack and no answer depends on."""
+    return name.rpartition(".")[2] == "num_batches_tracked"
+
+
 def _problems(own: State, state: State) -> tuple[list[str], list[str], list[str]]:
     """Names that are missing, unexpected, and of another shape."""
     shapes = [
@@ -165,12 +170,17 @@ def _problems(own: State, state: State) -> tuple[list[str], list[str], list[str]
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    return [name for name in own if name not in state], [name for name in state if name not in own], shapes
+    missing = [name for name in own if name not in state and not _counted(name)]
+    return missing, [name for name in state if name not in own], shapes
 
 
 def load_state_into(module: nn.Module, state: State, origin: str) -> None:
-    """Load `state` into `module` strictly; `origin` is what an error calls the checkpoint."""
-    missing, unexpected, shapes = _problems(module.state_dict(), state)
+    """Load `state` into `module` strictly, but for batch norms' counts of batches, which may lack and are 0 then.
+
+    `origin` is what an error calls the checkpoint. Raises UsageError where it does not fit.
+    """
+    own = module.state_dict()
+    missing, unexpected, shapes = _problems(own, state)
     clauses = [_clause("missing", missing), _clause("unexpected", unexpected), _clause("of another shape", shapes)]
     problems = "; ".join(clause for clause in clauses if clause)
     if problems:
@@ -182,7 +192,8 @@ def load_state_into(module: nn.Module, state: State, origin: str) -> None:
                 f"; leave out a head that the network has not with drop = [{unexpected[0].partition('.')[0] + '.'!r}]"
             )
         raise UsageError(f"checkpoint {origin} does not fit the network: {problems}; {remedy}")
-    module.load_state_dict(state)
+    counts = {name: value.new_zeros(value.shape) for name, value in own.items() if _counted(name)}
+    module.load_state_dict({**counts, **state})
 
 
 def _clause(what: str, keys: list[str]) -> str:

@@ -103,6 +103,41 @@ def test_what_does_not_fit_leaves_the_network_as_it_was(tmp_path, linear, change
     assert all(torch.equal(value, before[name]) for name, value in linear.state_dict().items())
 
 
+def normed() -> nn.Sequential:
+    """A network with a batch norm that has seen images."""
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2))
+    with torch.no_grad():
+        network(torch.randn(8, 3, 5, 5) + 1)
+    return network
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_older_state_dicts_without_the_batch_norms_counts_give_the_same_network(tmp_path, prefix):
+    network, fresh = normed(), normed()
+    old = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert len(old) == len(network.state_dict()) - 1
+    torch.save(prefixed(prefix, old), tmp_path / "w.pt")
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.add_(1)
+    assert load_into(fresh, tmp_path / "w.pt") == ""
+    x = torch.randn(6, 3, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.eval()(x), network.eval()(x), atol=0, rtol=0)
+    assert fresh[1].num_batches_tracked == 0 and fresh[1].num_batches_tracked.dtype == torch.int64
+
+
+@pytest.mark.parametrize("lacks", ["1.running_mean", "1.running_var", "1.weight"])
+def test_what_else_a_batch_norm_lacks_is_missing(tmp_path, lacks):
+    network = normed()
+    torch.save(
+        {n: v for n, v in network.state_dict().items() if n not in (lacks, "1.num_batches_tracked")}, tmp_path / "w"
+    )
+    with pytest.raises(UsageError, match=rf"1 missing \({lacks}\)"):
+        load_into(network, tmp_path / "w")
+
+
 def test_entries_are_left_out_where_the_user_says_so(tmp_path, linear):
     state = prefixed("module.base_encoder.", linear.state_dict() | {"fc.0.bias": torch.ones(1), "queue": torch.ones(1)})
     torch.save({"state_dict": state}, tmp_path / "w.pt")
