@@ -21,6 +21,7 @@ PASSES = {
     "head": "derc.passes.head:FitHeads",
     "score": "derc.passes.score:Score",
     "stitch": "derc.passes.stitch:FitStitches",
+    "recalibrate": "derc.passes.recalibrate:Recalibrate",
     "match": "derc.passes.match:Match",
     "emit": "derc.passes.emit:Emit",
     "package": "derc.passes.package:Package",

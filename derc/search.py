@@ -27,6 +27,7 @@ from derc.errors import DercError, InfeasibleError, MissingDependencyError
 from derc.evaluations import DONOR, PRIOR, Entry, Line, kept_seconds
 from derc.parts import few, parts
 from derc.passes.head import RefitHead
+from derc.passes.recalibrate import Recalibrate
 from derc.passes.score import Consult, Score
 from derc.passes.select import Select
 from derc.passes.stitch import FitStitches
@@ -150,6 +151,8 @@ class Search:
             assembly = one.candidate.assembly
             started, watch = time.perf_counter(), self.timings.lap()
             plain = execute(FitStitches(), self.context, assembly.plain, timings=watch)
+            if any(assembly.stitched):
+                plain = execute(Recalibrate(), self.context, plain, reference, timings=watch)
             if not assembly.plain.intact and self.context.zoo[assembly.blocks[-1].donor].head is not None:
                 plain = execute(RefitHead(), self.context, plain, timings=watch)
             stitched = replace(plain, assembly=assembly)
