@@ -16,8 +16,7 @@ from derc.compiler import open_search
 from derc.config import CompileSettings
 from derc.errors import InfeasibleError
 from derc.layered import Layered
-from derc.passes.stitch import FitStitches
-from derc.pipeline import Timings, execute
+from derc.pipeline import Timings
 from derc.refining import refine
 from derc.scoring.codes import Naswot, naswot
 from derc.search import Judged, Search
@@ -91,8 +90,7 @@ def told(world: World, seed: int, search: Search, compiled: Mapping[Assembly, Ju
         return {}
     best = max(pool, key=lambda one: one.scores.value)
     assert best.matched is not None
-    plain = execute(FitStitches(), search.context, best.assembly, timings=search.timings)
-    keep(world, seed, "stage1", plain)
+    keep(world, seed, "stage1", compiled[best.assembly].stitched)
     keep(world, seed, "stage2", best.stitched)
     return {
         "assembly": encode(best.assembly)[0],
@@ -141,8 +139,11 @@ def published_choice(world: World, seed: int, budget: float) -> Row:
     options, probe = Naswot(), world.context(seed).data.probe
 
     def value(assembly: Assembly) -> float:
-        net = paper_net(assembly, world.lowered, world.fresh, seed)
-        return naswot(net.network, probe, options.images, options.batch)
+        def make() -> Row:
+            net = paper_net(assembly, world.lowered, world.fresh, seed)
+            return {"naswot": naswot(net.network, probe, options.images, options.batch)}
+
+        return float(world.work.row(f"{seed}-{short(assembly)}-naswot", make)["naswot"])
 
     trace = Trace(value, world.size.swaps)
     published(Space(graph, allowed), trace, seed)

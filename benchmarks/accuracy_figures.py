@@ -131,6 +131,7 @@ def figures(rows: Sequence[Row], donors: Sequence[Row], ends: tuple[float, float
             for other in ("donor_short", "random4", "scratch", "distilled")
         },
         "stage1_wins": wins(rows, "stage1", "donor1"),
+        "stage1_wins_recalibrated": wins(rows, "stage1", "donor_recalibrated"),
         "stage2_wins": wins(rows, "stage2", "donor1"),
         "answers_intact": share(row["answer_intact"] for row in rows),
         "answers_intact_matched": share(row["matched_answer_intact"] for row in rows),

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from derc.artifacts import Assembly, BlockRef, Joint, StitchedAssembly
-from derc.assembled import Assembled, assemble, live, seeded
+from derc.assembled import Assembled, assemble, live, seeded, with_buffers
+from derc.batchnorm import reestimated
 from derc.data import Data, Split
 from derc.errors import UsageError
 from derc.ir import TensorType
@@ -24,13 +25,15 @@ BATCH = 32
 FROZEN = "frozen"
 RATES = {
     FROZEN: (1e-2, "train"),
-    "assembly": (3e-5, "fixed"),
-    "donor": (1e-4, "fixed"),
+    "distilled": (1e-4, "fixed"),
     "random": (1e-3, "train"),
     "paper": (1e-3, "train"),
     "scratch": (3e-3, "train"),
 }
 """Learning rate and batch norms by what is trained, chosen on a development split (benchmarks/accuracy_rates.py)."""
+GRID = ((1e-4, "fixed"), (3e-4, "fixed"), (1e-3, "train"))
+TUNED = ("assembly", "donor")
+"""What is trained once with each pair of the grid; the validation images choose."""
 FRESH = ("random", "paper", "scratch")
 """What is worth nothing before it is trained, so that its trained state is kept in any case."""
 
@@ -133,7 +136,10 @@ def paper_joint(source: TensorType, target: TensorType) -> Joint:
 
 @dataclass(frozen=True)
 class Lesson:
-    """How a network is trained: with the rate and norms of its `kind` or as `given`, `epochs` over the images."""
+    """How a network is trained: with the rate and norms of its `kind` or as `given`, `epochs` over the images.
+
+    Kinds in TUNED are trained with each pair of GRID in turn.
+    """
 
     kind: str
     epochs: int
@@ -157,6 +163,21 @@ def teach(net: Net, data: Data, images: int, lesson: Lesson) -> Trained:
     trains = net.only_added if lesson.kind == FROZEN else lambda _: True
     assert data.more is not None
     return train(net.network, data.more(images), data.validation, options, trains=trains, teacher=lesson.teacher)
+
+
+def forms(lesson: Lesson | None) -> tuple[Lesson | None, ...]:
+    """The trainings of which the validation images choose one."""
+    if lesson is None or lesson.given or lesson.kind not in TUNED:
+        return (lesson,)
+    return tuple(replace(lesson, given=pair) for pair in GRID)
+
+
+def recalibrated_net(net: Net, data: Data) -> Net:
+    """The same donor with the batch-norm statistics of the probe images, or as it is where that is no better."""
+    (found,) = reestimated([net.network], (x for x, _ in data.probe.batches(BATCH)), [True])
+    other = Net(with_buffers(net.network, found).eval(), net.added) if found else net  # type: ignore[arg-type]
+    before, after = (accuracy(one.network, as_examples(data.validation)) for one in (net, other))
+    return other if after > before else net
 
 
 def judged(network: nn.Module, validation: Split, heldout: Split) -> dict[str, float]:

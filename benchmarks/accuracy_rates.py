@@ -28,8 +28,7 @@ DEVELOPMENT = 1000
 """The seed of the development split."""
 GRID = {
     FROZEN: [(3e-3, "train"), (1e-2, "train")],
-    "assembly": [(3e-5, "fixed"), (1e-4, "fixed"), (3e-5, "train"), (1e-4, "train")],
-    "donor": [(1e-4, "fixed"), (1e-4, "train"), (3e-4, "train")],
+    "distilled": [(1e-4, "fixed"), (1e-4, "train"), (3e-4, "train")],
     "random": [(3e-4, "train"), (1e-3, "train")],
     "paper": [(1e-3, "train"), (3e-3, "train")],
     "scratch": [(3e-3, "train"), (1e-2, "train")],
@@ -49,8 +48,7 @@ def starts(world: World, choice: Choice) -> dict[str, Callable[[], Net]]:
     lowered, fresh = world.lowered, world.fresh
     return {
         FROZEN: lambda: one.stitched(assembly, "stage2"),
-        "assembly": lambda: warm(one.stitched(assembly, "stage2"), 1),
-        "donor": lambda: one.donor_net(choice.donor),
+        "distilled": lambda: one.donor_net(choice.donor),
         "random": lambda: warm(random_net(assembly, lowered, DEVELOPMENT), 2),
         "paper": lambda: warm(paper_net(paper, lowered, fresh, DEVELOPMENT), 2),
         "scratch": lambda: random_net(assembly, fresh, DEVELOPMENT),
@@ -75,7 +73,7 @@ def main(zoo_dir: Path | None, work: Path, places: str) -> None:
             raise click.UsageError(f"nothing fits at budget {place}: give another of --places")
         click.echo(f"{place}: {choice.donor}, {choice.assembly}")
         for kind, start in starts(world, choice).items():
-            epochs = world.size.epochs + 2 * (kind in ("donor", "scratch"))
+            epochs = world.size.epochs + 2 * (kind in ("distilled", "scratch"))
             for given in GRID[kind]:
                 lesson = Lesson(kind, 1 if kind == FROZEN else epochs, DEVELOPMENT, given=given)
                 trained = teach(start(), world.context(DEVELOPMENT).data, world.size.train, lesson)

@@ -4,7 +4,8 @@ What an assembly has seen when it is judged, in training images: stage 1 none, s
 another pass with labels and frozen blocks, stage 4 `epochs` more in which everything trains. Baselines see as many:
 where the assembly is matched and trained with frozen blocks, random stitches and the paper's network get two passes
 with labels and frozen blocks, and a donor, a student and a network from scratch two epochs more of everything.
-`donor_short` is the donor after the epochs of stage 4 alone.
+`donor_short` is the donor after the epochs of stage 4 alone, `donor_recalibrated` the donor with batch norms estimated
+anew. Stage 4 and the donor are trained with three rates, of which the validation images choose.
 """
 
 from __future__ import annotations
@@ -13,18 +14,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
-
 from benchmarks import cifarzoo
 from benchmarks.accuracy_choices import Choice, choose, kept, short
-from benchmarks.accuracy_networks import FROZEN, Lesson, Net, judged, paper_net, random_net, stitched_net, teach
+from benchmarks.accuracy_networks import (
+    FROZEN,
+    Lesson,
+    Net,
+    forms,
+    judged,
+    paper_net,
+    random_net,
+    recalibrated_net,
+    stitched_net,
+    teach,
+)
 from benchmarks.accuracy_world import Row, World
 from derc.artifacts import Assembly, StitchedAssembly
 from derc.training.teacher import teacher_of
 
 ASSEMBLY = ("stage1", "stage2", "stage3", "stage4", "random1", "random3", "random4", "scratch")
 PAPER = ("paper1", "paper2", "paper3", "paper4")
-DONOR = ("donor1", "donor_short", "donor4", "distilled")
+DONOR = ("donor1", "donor_recalibrated", "donor_short", "donor4", "distilled")
 
 
 @dataclass(frozen=True)
@@ -74,17 +84,19 @@ class Round:
             return self.judge_donor(choice.donor)
         if name == "donor4":
             return self.tuned(choice.donor)
+        if name == "donor_recalibrated":
+            data = self.world.context(self.seed).data
+            return self.item(f"{choice.donor}-{name}", lambda: recalibrated_net(self.donor_net(choice.donor), data))
         if name == "donor_short":
             lesson = Lesson("donor", self.world.size.epochs, self.seed)
             return self.item(f"{choice.donor}-{name}", lambda: self.donor_net(choice.donor), lesson)
         teacher = teacher_of(self.world.zoo[choice.best], cifarzoo.CLASSES)
-        return self.item(f"{choice.donor}-{name}", lambda: self.donor_net(choice.donor), self.tuning(teacher))
+        lesson = Lesson("distilled", self.world.size.epochs + 2, self.seed, teacher)
+        return self.item(f"{choice.donor}-{name}", lambda: self.donor_net(choice.donor), lesson)
 
     def tuned(self, donor: str) -> Row:
-        return self.item(f"{donor}-donor4", lambda: self.donor_net(donor), self.tuning())
-
-    def tuning(self, teacher: nn.Module | None = None) -> Lesson:
-        return Lesson("donor", self.world.size.epochs + 2, self.seed, teacher)
+        lesson = Lesson("donor", self.world.size.epochs + 2, self.seed)
+        return self.item(f"{donor}-donor4", lambda: self.donor_net(donor), lesson)
 
     def judge_donor(self, donor: str) -> Row:
         return self.item(f"{donor}-donor1", lambda: self.donor_net(donor))
@@ -145,8 +157,13 @@ class Round:
         return net
 
     def item(self, key: str, start: Callable[[], Net], lesson: Lesson | None = None) -> Row:
-        """A network from its start through its lesson, if any, and what it is worth."""
+        """A network from its start through its lesson, if any, and what it is worth; the best form on validation."""
+        found = [self.form(key, start, one) for one in forms(lesson)]
+        return max(found, key=lambda row: float(row["validation"]))
+
+    def form(self, key: str, start: Callable[[], Net], lesson: Lesson | None) -> Row:
         work, data, size = self.world.work, self.world.context(self.seed).data, self.world.size
+        rate = f"@{lesson.given[0]:g}{lesson.given[1]}" if lesson and lesson.given else ""
         name = f"{self.seed}-{key}"
 
         def make() -> Row:
@@ -156,6 +173,6 @@ class Round:
                 cost = {"images": trained.images, "seconds": trained.seconds, "kept": trained.kept}
                 if key.endswith(("stage3", "random3", "paper2", "paper3")):
                     work.save(name, net.network)
-            return {**cost, **judged(net.network, data.validation, data.heldout)}
+            return {**cost, "rate": rate[1:], **judged(net.network, data.validation, data.heldout)}
 
-        return work.row(name, make)
+        return work.row(name + rate, make)

@@ -40,7 +40,7 @@ class Size:
     train: int = 2048
     validation: int = 1000
     heldout: int = 2000
-    evaluations: int = 12
+    evaluations: int = 24
     matched: int = 2
     swaps: int = 24
     own_epochs: int = 10
