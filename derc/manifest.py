@@ -45,6 +45,7 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
         "prediction": _prediction(outcome.search.table),
         "accuracy": accuracies(outcome),
         **_heads(outcome),
+        "recalibrated": len(outcome.context.data.probe) if any(outcome.chosen.stitched.buffers) else None,
         "matching": matching(outcome.chosen),
         "solver": _solver(outcome.search),
         "donors": _donors(outcome),
@@ -244,6 +245,7 @@ def _candidate(one: Judged, outcome: Outcome) -> dict[str, Any]:
         "objective": one.scores.accuracy if one.scores.estimate is None else one.scores.estimate,
         "predicted_ms": _predicted(one, outcome.search.table),
         "measured_ms": one.measured.ms if one.measured and one.measured.provenance == "measured" else None,
+        "recalibrated": any(one.stitched.buffers),
         "matching": matching(one),
     }
 

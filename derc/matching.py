@@ -155,17 +155,25 @@ def learner(stitched: StitchedAssembly, lowered: Mapping[str, Lowered]) -> tuple
         donor, block = lowered[part.spec.donor], part.spec
         if assembly.head is None and place == len(assembly.blocks) - 1:
             last = replace(block, first=len(donor.units) - 1)
-            head, block = donor.block(last.first, last.last).eval(), replace(block, last=last.first)
+            head, block = (
+                _own(donor.block(last.first, last.last), buffers.get(place, {})),
+                replace(block, last=last.first),
+            )
         if block.first < block.last and not tail:
             front.append(fronts.block(donor, block))
         elif block.first < block.last:
-            module = donor.block(block.first, block.last).eval()
-            tail.append((place, with_buffers(module, buffers.get(place, {})).eval()))
+            tail.append((place, _own(donor.block(block.first, block.last), buffers.get(place, {}))))
         place += 1
     found = Learner(tail, head)
     if not any(p.requires_grad for module in found.added for p in module.parameters()):
         raise UsageError(f"{assembly} has no stitch with weights, so there is nothing to match")
     return tuple(front), found
+
+
+def _own(module: nn.Module, buffers: Mapping[str, Array]) -> nn.Module:
+    """The part of a block with those of the block's buffers that it has."""
+    there = module.state_dict()
+    return with_buffers(module, {name: value for name, value in buffers.items() if name in there}).eval()
 
 
 def loss(lesson: Lesson, outputs: torch.Tensor, features: torch.Tensor, goal: Goal) -> torch.Tensor:
