@@ -152,17 +152,14 @@ def learner(stitched: StitchedAssembly, lowered: Mapping[str, Lowered]) -> tuple
             if part.kind != "head":
                 tail.append((None, module))
             continue
-        donor, block = lowered[part.spec.donor], part.spec
+        donor, block, own = lowered[part.spec.donor], part.spec, buffers.get(place, {})
         if assembly.head is None and place == len(assembly.blocks) - 1:
-            last = replace(block, first=len(donor.units) - 1)
-            head, block = (
-                _own(donor.block(last.first, last.last), buffers.get(place, {})),
-                replace(block, last=last.first),
-            )
+            head = _own(donor.block(len(donor.units) - 1, block.last), own)
+            block = replace(block, last=len(donor.units) - 1)
         if block.first < block.last and not tail:
             front.append(fronts.block(donor, block))
         elif block.first < block.last:
-            tail.append((place, _own(donor.block(block.first, block.last), buffers.get(place, {}))))
+            tail.append((place, _own(donor.block(block.first, block.last), own)))
         place += 1
     found = Learner(tail, head)
     if not any(p.requires_grad for module in found.added for p in module.parameters()):

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -19,7 +11,7 @@ import torch
 from torch import nn
 
 import derc
-from derc import bundle, deployed, evaluations, stitching
+from derc import bundle, deployed, stitching
 from derc.amounts import Amount
 from derc.artifacts import Assembly, BlockRef, Joint, Matched, StitchedAssembly
 from derc.assembled import live
@@ -28,14 +20,16 @@ from derc.batchnorm import reestimated
 from derc.console import Console
 from derc.data import Data
 from derc.errors import UsageError
-from derc.evaluations import Rematch
 from derc.fronts import Step
+from derc.judge import logits
 from derc.matching import Learner, Lesson, agreement
 from derc.matching_training import Training
 from derc.milp import choose
 from derc.modules import Stitch
 from derc.passes.match import Match
 from derc.passes.package import ALLOWED
+from derc.passes.recalibrate import Recalibrate
+from derc.passes.score import Consult
 from derc.passes.stitch import FitStitches
 from derc.pipeline import Context
 from derc.precision import rewrite
@@ -348,59 +342,13 @@ def test_a_donor_that_gives_nan_is_named(context, stitched, broken, teacher):
             FitStitches().run(damaged, stitched.assembly)
 
 
-def compiling(zoo: Path, store: Path, output: Path) -> subprocess.Popen[bytes]:
-    """A compile that matches, on one thread, in a process group of its own."""
-    words = ["--data", "digits", "--evaluations", "3", "--probe", "64", "--profile-s", "1", "--threads", "1"]
-    words += ["--macs-g", "0.002", "--match", "320", "-o", str(output)]
-    command = [sys.executable, "-m", "derc", "compile", "--zoo", str(zoo), *words]
-    environment = os.environ | {"DERC_CACHE": str(store), "OMP_NUM_THREADS": "1"}
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-
-
-def finished(process: subprocess.Popen[bytes]) -> None:
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors.decode()
-
-
-def test_a_compile_that_is_killed_while_matching_comes_to_the_same_network(tmp_path):
-    zoo, store = small_zoo(tmp_path, "resnet-slim", "convnext"), tmp_path / "store"
-    finished(compiling(zoo, store, tmp_path / "whole"))
-    every = [entry for entry in Store(store).entries() if entry.note == "match"]
-    assert len(every) > 1
-    for entry in every:
-        shutil.rmtree(store / "entries" / entry.key[:2] / entry.key)
-    process = compiling(zoo, store, tmp_path / "killed")
-    while process.poll() is None:
-        if any(entry.note == "match" for entry in Store(store).entries()):  # the next network is being matched
-            os.killpg(process.pid, signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed").exists()
-    assert sum(entry.note == "match" for entry in Store(store).entries()) < len(every)
-    finished(compiling(zoo, store, tmp_path / "resumed"))
-    one, other = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "resumed"))
-    for name in ("model.py", "weights.safetensors", "model.onnx", "plan.txt"):
-        assert one["files"][name] == other["files"][name]
-    for manifest in (one, other):
-        for candidate in manifest["candidates"]:
-            (candidate["matching"] or {}).pop("seconds", None)
-    assert [c["matching"] for c in one["candidates"]] == [c["matching"] for c in other["candidates"]]
-    assert sum(c["matching"] is not None for c in one["candidates"]) == len(every)
-    logs = [evaluations.read((tmp_path / name / evaluations.FILE).read_text()) for name in ("whole", "resumed")]
-    whole, resumed = ([replace(line, seconds=None) for line in log] for log in logs)
-    assert whole == resumed and [line.number for line in whole] == list(range(1, len(whole) + 1))
-    assert evaluations.read(evaluations.lines(logs[0])) == logs[0]
-    of_manifest = {c["assembly"]: c for c in other["candidates"] if c["matching"]}
-    lines = {line.assembly: line for line in resumed if isinstance(line, Rematch)}
-    assert lines.keys() == of_manifest.keys() and all(isinstance(line, Rematch) for line in whole[-len(every) :])
-    for name, line in lines.items():
-        told, scored = of_manifest[name]["matching"], {e.assembly: e.score for e in resumed if e.by != "match"}
-        assert (line.teacher, line.images, line.kept) == (told["teacher"], told["images"], told["kept"])
-        assert {"before": line.agreement_before, "after": line.agreement} == {
-            key: told["agreement"][key] for key in ("before", "after")
-        }
-        assert line.score_before == scored[name] == told["validation"]["before"]
-        assert line.kept == (line.score >= line.score_before)
-        assert told["validation"]["after"] == max(line.score, line.score_before)
+def test_it_goes_on_from_recalibrated_norms_in_the_unit_of_the_head_too(context):
+    slim = context.lowered["resnet-slim"]
+    last = len(slim.units)
+    fitted = FitStitches().run(context, Assembly((BlockRef(TAIL, 0, 5, 0), BlockRef("resnet-slim", 3, last, 1))))
+    found = Recalibrate().run(context, fitted, Consult().run(context))
+    assert any(name in slim.block(last - 1, last).state_dict() for name in found.buffers[1])
+    split = context.data.validation
+    answers = [logits(network, split).argmax(1) for network in (live(found, context.lowered), slim.program)]
+    share = float((answers[0] == answers[1]).float().mean())
+    assert Match(images=32).run(context, found).before == pytest.approx(share)
