@@ -21,10 +21,11 @@ from derc.artifacts import LatencyTable
 from derc.compiler import analyse
 from derc.config import resolve
 from derc.console import Console
-from derc.evaluations import Entry
+from derc.evaluations import Entry, Line, Rematch
 from derc.passes.select import Select
-from derc.pipeline import Timings
+from derc.pipeline import Context, Timings
 from derc.search import Search
+from derc.store import Entry as Stored
 from derc.store import Store
 from tests.conftest import small_zoo
 from tests.world import make_context
@@ -50,9 +51,19 @@ class Stopping(Console):
             yield item
 
 
-def make_search(folder: Path, console: Console, seed: int = 0) -> Search:
-    """A search over three untrained donors with latencies that are made up."""
-    context = replace(make_context(folder, "resnet", "vit", "convnext"), console=console, seed=seed)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Context, Path]:
+    """Three untrained donors, and a store that holds what is known of them before a search begins."""
+    folder = tmp_path_factory.mktemp("analysed")
+    context = make_context(folder, "resnet", "vit", "convnext")
+    analyse(context, resolve({}, {}, None), Timings())
+    return context, folder
+
+
+def make_search(world: tuple[Context, Path], folder: Path, console: Console, seed: int = 0) -> Search:
+    """A search over the donors with latencies that are made up, its store in `folder`."""
+    shutil.copytree(world[1], folder, dirs_exist_ok=True)
+    context = replace(world[0], console=console, seed=seed, store=Store(folder))
     timings = Timings()
     found = analyse(context, resolve({}, {}, None), timings)
     blocks = {str(block): latency(1.0) for chain in found.partition.blocks.values() for block in chain}
@@ -63,13 +74,13 @@ def make_search(folder: Path, console: Console, seed: int = 0) -> Search:
     return Search(context, select, found.cuts, found.embedded, found.partition, table, 9, timings)
 
 
-def timeless(log: Iterable[Entry]) -> list[Entry]:
+def timeless(log: Iterable[Line]) -> list[Line]:
     return [replace(entry, seconds=None) for entry in log]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Search:
-    search = make_search(tmp_path_factory.mktemp("whole"), Console(quiet=True))
+def whole(world, tmp_path_factory) -> Search:
+    search = make_search(world, tmp_path_factory.mktemp("whole"), Console(quiet=True))
     search.run()
     return search
 
@@ -94,27 +105,27 @@ def test_every_proposal_meets_the_budget(whole):
 
 
 @pytest.mark.parametrize("after", [0, 2, 3, 5, 6, 7, 8, 11])
-def test_interrupted_at_any_evaluation_it_ends_alike(tmp_path, whole, after):
+def test_interrupted_at_any_evaluation_it_ends_alike(tmp_path, world, whole, after):
     with pytest.raises(KeyboardInterrupt):
-        make_search(tmp_path, Stopping(after)).run()
-    again = make_search(tmp_path, Console(quiet=True))
+        make_search(world, tmp_path, Stopping(after)).run()
+    again = make_search(world, tmp_path, Console(quiet=True))
     again.run()
     assert timeless(again.log) == timeless(whole.log)
     best, expected = again.best(), whole.best()
     assert best is not None and expected is not None and best.assembly == expected.assembly
 
 
-def test_another_seed_draws_other_networks(tmp_path, whole):
-    other = make_search(tmp_path, Console(quiet=True), seed=1)
+def test_another_seed_draws_other_networks(tmp_path, world, whole):
+    other = make_search(world, tmp_path, Console(quiet=True), seed=1)
     other.run()
     assert timeless(other.log) != timeless(whole.log)
     assert [e.assembly for e in other.log[:7]] == [e.assembly for e in whole.log[:7]]
 
 
 def compiling(zoo: Path, store: Path, output: Path) -> subprocess.Popen[bytes]:
-    """A compile in a process group of its own."""
-    options = {"data": "digits", "evaluations": 8, "top": 3, "probe": 64, "profile-s": 4, "threads": 1, "macs-g": 0.01}
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    """A compile that matches, on one thread, in a process group of its own."""
+    options = {"data": "digits", "evaluations": 8, "top": 3, "probe": 64, "profile-s": 2, "threads": 1, "macs-g": 0.01}
+    flags = [text for name, value in {**options, "match": 320}.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "derc", "compile", "--zoo", str(zoo), *flags, "-o", str(output)]
     environment = os.environ | {"DERC_CACHE": str(store), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -127,36 +138,87 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     assert process.returncode == 0, errors.decode()
 
 
-def forget_search(root: Path) -> None:
-    """Remove everything from a store that the search has put there."""
-    for entry in Store(root).entries():
-        if entry.note.startswith(OF_THE_SEARCH):
-            shutil.rmtree(root / "entries" / entry.key[:2] / entry.key)
-
-
-def test_a_compile_that_is_killed_resumes_and_ships_the_same(tmp_path):
-    zoo = small_zoo(tmp_path, "resnet-slim", "vit-patch8", "convnext")
-    store = tmp_path / "store"
-    finish(compiling(zoo, store, tmp_path / "whole"))
-    forget_search(store)
-
-    process = compiling(zoo, store, tmp_path / "killed")
+def kill(process: subprocess.Popen[bytes], store: Path, note: str, count: int) -> None:
+    """Kill the compile as soon as the store has so many entries of that note."""
     while process.poll() is None:
-        if sum(entry.note == "score" for entry in Store(store).entries()) >= 6:
+        if len(noted(store, note)) >= count:
             os.killpg(process.pid, signal.SIGKILL)
             break
-        time.sleep(0.01)
+        time.sleep(0.005)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed").exists()
-    before = {entry.key: entry for entry in Store(store).entries() if entry.note.startswith(OF_THE_SEARCH)}
-    kept = [float(Store(store).get_bytes(key) or 0) for key, e in before.items() if e.note.startswith("seconds of")]
+    assert process.returncode == -signal.SIGKILL
 
-    finish(compiling(zoo, store, tmp_path / "resumed"))
-    after = {entry.key: entry for entry in Store(store).entries()}
-    assert all(after[key] == entry for key, entry in before.items())
-    logs = [evaluations.read((tmp_path / name / evaluations.FILE).read_text()) for name in ("whole", "resumed")]
+
+def noted(root: Path, *notes: str) -> dict[str, Stored]:
+    """The store's entries whose note begins with one of these."""
+    return {entry.key: entry for entry in Store(root).entries() if entry.note.startswith(notes)}
+
+
+def forget(root: Path, *notes: str) -> None:
+    """Remove everything from a store that has one of these notes."""
+    for key in noted(root, *notes):
+        shutil.rmtree(root / "entries" / key[:2] / key)
+
+
+@pytest.fixture(scope="module")
+def compiled_whole(tmp_path_factory) -> Path:
+    """A folder with a zoo, a store, and the bundle `whole` of a compile that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("killed")
+    zoo = small_zoo(folder, "resnet-slim", "vit-patch8", "convnext")
+    finish(compiling(zoo, folder / "store", folder / "whole"))
+    return folder
+
+
+def check_same(folder: Path, other: str) -> tuple[list[Line], dict[str, object]]:
+    """Check that the bundle `other` is the network of `whole`, after the same log; that log and its manifest."""
+    logs = [evaluations.read((folder / name / evaluations.FILE).read_text()) for name in ("whole", other)]
     assert timeless(logs[0]) == timeless(logs[1])
-    assert 5 <= len(kept) < len(logs[1]) and set(kept) <= {entry.seconds for entry in logs[1]}
-    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("whole", "resumed")]
+    manifests = [json.loads((folder / name / "manifest.json").read_text()) for name in ("whole", other)]
     for name in ("model.py", "weights.safetensors", "model.onnx", "plan.txt"):
         assert manifests[0]["files"][name] == manifests[1]["files"][name]
+    told = [[dict(c["matching"] or {}, seconds=None) for c in one["candidates"]] for one in manifests]
+    assert told[0] == told[1]
+    return list(logs[1]), manifests[1]
+
+
+def test_a_compile_that_is_killed_in_its_search_resumes_and_ships_the_same(compiled_whole):
+    folder, store, zoo = compiled_whole, compiled_whole / "store", compiled_whole / "zoo.toml"
+    forget(store, *OF_THE_SEARCH)
+    kill(compiling(zoo, store, folder / "killed"), store, "score", 6)
+    assert not (folder / "killed").exists()
+    before = noted(store, *OF_THE_SEARCH)
+    kept = [float(Store(store).get_bytes(key) or 0) for key, e in before.items() if e.note.startswith("seconds of")]
+    finish(compiling(zoo, store, folder / "resumed"))
+    after = noted(store, "")
+    assert all(after[key] == entry for key, entry in before.items())
+    log, _ = check_same(folder, "resumed")
+    evaluated = [line for line in log if isinstance(line, Entry)]
+    assert 5 <= len(kept) < len(evaluated) and set(kept) <= {line.seconds for line in evaluated}
+
+
+def test_a_compile_that_is_killed_while_matching_resumes_and_ships_the_same(compiled_whole):
+    folder, store, zoo = compiled_whole, compiled_whole / "store", compiled_whole / "zoo.toml"
+    every = noted(store, "match")
+    assert len(every) > 1
+    forget(store, "match")
+    kill(compiling(zoo, store, folder / "killed"), store, "match", 1)  # the next network is being matched
+    assert not (folder / "killed").exists() and len(noted(store, "match")) < len(every)
+    finish(compiling(zoo, store, folder / "matched"))
+    log, manifest = check_same(folder, "matched")
+    check_lines(log, [one for one in manifest["candidates"] if one["matching"]], len(every))
+
+
+def check_lines(log: list[Line], candidates: list[dict[str, object]], count: int) -> None:
+    """Check that the log ends with a line for each network that was matched, and says what the manifest says."""
+    assert [line.number for line in log] == list(range(1, len(log) + 1))
+    assert evaluations.read(evaluations.lines(log)) == tuple(log)
+    lines = {line.assembly: line for line in log[-count:] if isinstance(line, Rematch)}
+    scored = {line.assembly: line.score for line in log[:-count] if isinstance(line, Entry)}
+    assert len(candidates) == len(lines) == count and len(scored) == len(log) - count
+    for one in candidates:
+        line, told = lines[one["assembly"]], one["matching"]
+        assert (line.teacher, line.images, line.kept) == (told["teacher"], told["images"], told["kept"])
+        assert (line.agreement_before, line.agreement) == (told["agreement"]["before"], told["agreement"]["after"])
+        assert line.score_before == scored[one["assembly"]] == told["validation"]["before"]
+        assert line.kept == (line.score >= line.score_before)
+        assert told["validation"]["after"] == max(line.score, line.score_before)
