@@ -44,7 +44,8 @@ NOT_IN_KEYS: tuple[str, ...] = (
 NOT_IN_KEYS += ("completing", "disturbances", "shipping", "manifest", "outcome", "search", "summary", "version")
 NOT_IN_KEYS += ("proposing", "evaluations", "refining")
 NOT_IN_KEYS += ("transfer", "cli_targets", "shelf", "tabling", "target_views")
-NOT_IN_KEYS += ("assembling", "planning", "recipe", "recipe_bundle", "cli_finetune", "finetuning", "finetuned")
+NOT_IN_KEYS += ("assembling", "planning", "recipe", "recipe_bundle")
+NOT_IN_KEYS += ("cli_finetune", "finetuning", "finetuned", "blockwise", "children")
 """Core modules that no pass's result depends on."""
 
 

@@ -57,8 +57,8 @@ class Work:
             )
 
     def close(self) -> None:
-        """Give the folder back; it stays where it holds a state."""
-        if not (self.folder / STATE).exists():
+        """Give the folder back; it stays where it, or a folder in it, holds a state."""
+        if not any(self.folder.rglob(STATE)):
             shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.release()
         Path(self.lock.lock_file).unlink(missing_ok=True)

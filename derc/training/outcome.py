@@ -29,8 +29,9 @@ class Trained:
     """The network in its best state, in eval mode on the processor, with the log: a row for each epoch.
 
     `kept` says what the best state is: the network as it came (before), its weights after epoch `epoch` (weights), or
-    their average (average). `stopped` is whether the time ran out, `micro` how many images went through at a time,
-    `images` how many went through in all (with repeats), `device` and `processes` where.
+    their average (average); in `derc finetune` also what donors taught its blocks before the first epoch (blocks).
+    `stopped` is whether the time ran out, `micro` how many images went through at a time, `images` how many went
+    through in all (with repeats), `device` and `processes` where.
     """
 
     network: nn.Module
@@ -46,3 +47,8 @@ class Trained:
     stopped: bool
     device: str
     processes: int
+
+
+def untrained(network: nn.Module, scored: Scored, batch: int) -> Trained:
+    """A training of no epoch: the network as it came, worth what was `scored`."""
+    return Trained(network.eval(), (), scored, scored, "before", 0, 0, 0, 0.0, batch, False, "cpu", 1)

@@ -1,12 +1,14 @@
-"""The accuracy of a network on labelled images."""
+"""The accuracy of a network on labelled images, and its cross entropy."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from derc.mode import in_eval
 from derc.training.examples import Examples, in_order
+from derc.training.outcome import Scored
 
 
 @torch.no_grad()
@@ -19,3 +21,16 @@ def accuracy(network: nn.Module, images: Examples, columns: tuple[int, ...] | No
             picked = outputs if columns is None else outputs[:, list(columns)]
             right += int((picked.argmax(1) == labels).sum())
     return right / len(images)
+
+
+@torch.no_grad()
+def scored(network: nn.Module, images: Examples, columns: tuple[int, ...] | None = None, batch: int = 64) -> Scored:
+    """Accuracy and cross entropy likewise; every label must be one of the outputs that are picked."""
+    right, loss = 0, 0.0
+    with in_eval(network):
+        for part, labels in in_order(images, batch):
+            outputs = network(part)
+            picked = outputs if columns is None else outputs[:, list(columns)]
+            right += int((picked.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(picked.float(), labels, reduction="sum"))
+    return Scored(right / len(images), loss / len(images))

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -56,14 +56,18 @@ def train(
     """
     options = options or TrainOptions()
     options.check()
-    trainer = _Trainer(
+    trainer = Trainer(
         network, as_examples(images), as_examples(validation), options, trains, teacher, columns, work, say, record
     )
     return trainer.run()
 
 
 @dataclass
-class _Trainer:
+class Trainer:
+    """One training; see `train`. A subclass may give the images another meaning than their labels."""
+
+    rate: ClassVar[str] = "--lr"
+
     network: nn.Module
     examples: Examples
     validation: Examples
@@ -93,7 +97,7 @@ class _Trainer:
     def _set_up(self) -> None:
         options = self.options
         self.runner: Runner = open_runner(options.precision, options.device)
-        check_labels(self.examples, self.validation)
+        self._check_images()
         even = bool(options.mixup or options.cutmix)
         augmentation = Augmentation.parse(options.augment)
         self.batches = Batches(
@@ -103,9 +107,7 @@ class _Trainer:
         self.micro = self.batches.size
         self.network.to(self.runner.device)
         self.parameters = prepare(self.network, self.trains)
-        classes = int(self._labels().max()) + 1 if self.columns is None else len(self.columns)
-        place = self.runner.device
-        self.classes = self._fitting(lambda: check_outputs(self.network, self.examples, self.columns, classes, place))
+        self.classes = self._fitting(self._check_outputs)
         self._optimise()
         share = options.teacher_share if self.teacher is not None else 0.0
         self.loss = Loss(options.smoothing, share, options.temperature)
@@ -114,8 +116,14 @@ class _Trainer:
             self.teacher.to(self.runner.device).eval()
         self.live = self.runner.wrap(self.network)
 
-    def _labels(self) -> Any:
-        return np.concatenate([self.examples.labels, self.validation.labels])
+    def _check_images(self) -> None:
+        check_labels(self.examples, self.validation)
+
+    def _check_outputs(self) -> int:
+        """The number of outputs that are trained."""
+        labels = np.concatenate([self.examples.labels, self.validation.labels])
+        classes = int(labels.max()) + 1 if self.columns is None else len(self.columns)
+        return check_outputs(self.network, self.examples, self.columns, classes, self.runner.device)
 
     def _optimise(self) -> None:
         """Optimiser, schedule and average, as timm makes them."""
@@ -214,7 +222,7 @@ class _Trainer:
             epoch = self.step // self.batches.per_epoch + 1
             raise UsageError(
                 f"the loss is {sums['loss']} at step {self.step + 1} (epoch {epoch}): "
-                f"lower --lr, for instance to {self.options.lr / 10:g} (it is {self.options.lr:g})"
+                f"lower {self.rate}, for instance to {self.options.lr / 10:g} (it is {self.options.lr:g})"
             )
         self.runner.step(self.optimizer, self.parameters, self.options.clip)
         self.step += 1
