@@ -18,7 +18,17 @@ WHAT: tuple[Function, ...] = (
     click.option(
         "--teacher", default="none", show_default=True, help="donor (the last block's), none, or a donor's name."
     ),
-    click.option("--zoo", help="Where the teacher is, if the bundle's zoo is not where it was."),
+    click.option("--zoo", help="Where the donors are, if the bundle's zoo is not where it was."),
+    click.option(
+        "--blockwise",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Times through the images, without labels, in which each block learns from its donor, before the epochs.",
+    ),
+    click.option("--blockwise-blocks", default="", help="Numbers of these blocks.  [default: all behind a stitch]"),
+    click.option("--blockwise-lr", type=float, help="Learning rate for these blocks.  [default: 0.01]"),
+    click.option("--blockwise-jobs", type=int, default=0, help="Blocks that learn at once; 0: one for each thread."),
 )
 HOW: tuple[Function, ...] = (
     click.option("--lr", type=float, help="Learning rate.  [default: 0.001, 0.01 where something is frozen]"),
@@ -73,6 +83,7 @@ def finetune(as_json: bool, quiet: bool, **flags: Any) -> None:
     from derc.training.freeze import RATES
 
     names = {"bundle", "data", "output", "freeze", "teacher", "zoo", "threads", "measure_s", "float32", "tensorboard"}
+    names |= {"blockwise", "blockwise_blocks", "blockwise_lr", "blockwise_jobs"}
     given = {name: value for name, value in flags.items() if name not in names and value is not None}
     given.setdefault("lr", RATES.get(flags["freeze"], TrainOptions.lr))
     asked = Finetune(**{name: flags[name] for name in names}, options=TrainOptions(**given))

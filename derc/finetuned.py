@@ -49,7 +49,7 @@ KEPT = ("plan.txt", "recipe.toml")
 """Files that are the same for the trained network."""
 DROPPED = ("files", "seal", "artifacts", "timings_s", "reused", "built", "finetune", "lineage")
 """What of the parent's manifest is not the new one's."""
-LOG = "log.csv"
+LOG, BLOCKS_LOG = "log.csv", "blockwise.csv"
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,7 @@ def precisions(manifest: dict[str, Any]) -> dict[str, str]:
 
 def _files(made: Finetuned, model: bytes) -> dict[str, bytes]:
     weights = {name: value.clone().contiguous() for name, value in made.trained.network.state_dict().items()}
+    blocks = made.record.get("blockwise")
     kept = {name: (made.parent / name).read_bytes() for name in KEPT if name in made.manifest["files"]}
     return {
         **kept,
@@ -178,6 +179,7 @@ def _files(made: Finetuned, model: bytes) -> dict[str, bytes]:
         "model.onnx": model,
         "reproduce.sh": reproduce("Fine-tunes", made.command),
         LOG: as_csv(made.trained.rows).encode(),
+        **({BLOCKS_LOG: as_csv(blocks["log"]).encode()} if blocks else {}),
     }
 
 

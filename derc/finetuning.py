@@ -6,16 +6,18 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from derc import bundle
+from derc import blockwise, bundle
+from derc.blockwise import Course, Taught
 from derc.console import Console
 from derc.data import label_map
 from derc.emitted import imported
@@ -26,9 +28,10 @@ from derc.training import TrainOptions, train
 from derc.training.checkpoint import Work
 from derc.training.data import TrainingData, load, some
 from derc.training.freeze import Freeze, last_layer
+from derc.training.lessons import chosen, lesson
 from derc.training.logs import Log
 from derc.training.options import flag
-from derc.training.outcome import Trained
+from derc.training.outcome import Trained, untrained
 from derc.training.score import accuracy
 from derc.training.teacher import teacher_of
 from derc.zoo import Zoo
@@ -41,8 +44,11 @@ TEACHERS = ("donor", "none")
 class Finetune:
     """What a fine-tuning is asked for.
 
-    `zoo` has the teacher, where the bundle's own is not where it was; `measure_s` is how long the engine is measured at
-    most; `float32` drops the lower precisions of blocks.
+    `zoo` has the donors, where the bundle's own is not where it was; `measure_s` is how long the engine is measured at
+    most; `float32` drops the lower precisions of blocks. Before the epochs, of which there may be none then, donors
+    teach blocks in `blockwise` passes over the images: those of the numbers in `blockwise_blocks`, or all that have a
+    stitch in front, at the rate `blockwise_lr`, in `blockwise_jobs` processes at once, 0: as many as there are threads
+    for.
     """
 
     bundle: Path
@@ -56,11 +62,23 @@ class Finetune:
     measure_s: float = 20.0
     float32: bool = False
     tensorboard: Path | None = None
+    blockwise: int = 0
+    blockwise_blocks: str = ""
+    blockwise_lr: float | None = None
+    blockwise_jobs: int = 0
+
+    def check(self) -> None:
+        """Raise UsageError, naming the option, where a value makes no sense."""
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        besides = {name: getattr(self, f"blockwise_{name}") for name in ("blocks", "lr", "jobs")}
+        blockwise.check(self.blockwise, besides, self.freeze, processes)
+        replace(self.options, epochs=1 if self.blockwise and not self.options.epochs else self.options.epochs).check()
 
     def command(self) -> str:
         """The command that repeats this from any directory, the output left out."""
         words = ["derc", "finetune", str(self.bundle.absolute()), "--data", absolute(self.data)]
-        for name in ("freeze", "teacher", "threads", "zoo", "measure_s", "float32"):
+        names = ("freeze", "teacher", "threads", "zoo", "measure_s", "float32")
+        for name in (*names, "blockwise", "blockwise_blocks", "blockwise_lr", "blockwise_jobs"):
             words += _flag(name, getattr(self, name), getattr(Finetune, name))
         for one in fields(TrainOptions):
             default = None if one.name == "lr" else one.default  # which one applies depends on what is frozen
@@ -99,7 +117,7 @@ def finetune_bundle(asked: Finetune, console: Console) -> dict[str, Any] | None:
     """
     started = time.perf_counter()
     console = console if _main() else Console(quiet=True)
-    asked.options.check()
+    asked.check()
     manifest = bundle.verify(asked.bundle)
     bundle.check_output(asked.output)
     with _threads(asked.threads), ExitStack() as stack:
@@ -115,7 +133,9 @@ def finetune_bundle(asked: Finetune, console: Console) -> dict[str, Any] | None:
         log = stack.enter_context(Log(console, asked.tensorboard if _main() else None, asked.options.epochs))
         before = accuracy(student.network, data.heldout, columns) if _main() else 0.0
         console.say(f"training on {len(data.train)} images, choosing by {len(data.validation)} …")
-        trained = _trained(asked, student, data, work, log, freeze, teacher, columns, console)
+        with _tidy(work):
+            taught = _taught(asked, manifest, data, student, columns, console) if asked.blockwise else None
+            trained = _trained(asked, student, data, work, log, freeze, teacher, columns, console, taught)
         if not _main():
             return None
         after = accuracy(trained.network, data.heldout, columns)
@@ -123,7 +143,8 @@ def finetune_bundle(asked: Finetune, console: Console) -> dict[str, Any] | None:
             asked.bundle,
             manifest,
             asked.command(),
-            {**_record(asked, data), "teacher": _taught_by(asked, manifest)},
+            {**_record(asked, data), "teacher": _taught_by(asked, manifest)}
+            | ({"blockwise": taught.record()} if taught else {}),
             trained,
             {"before": before, "after": after},
             data,
@@ -144,9 +165,12 @@ def _trained(
     teacher: nn.Module | None,
     columns: tuple[int, ...] | None,
     console: Console,
+    taught: Taught | None,
 ) -> Trained:
-    """The training; one that cannot go on leaves no work folder behind, one that is interrupted does."""
-    try:
+    """The training with labels, after the blocks' own, if there was one."""
+    if taught is not None and not asked.options.epochs:
+        trained = untrained(student.network, taught.after if taught.kept else taught.before, asked.options.batch)
+    else:
         trained = train(
             student.network,
             data.train,
@@ -159,12 +183,77 @@ def _trained(
             say=console.say,
             record=log.row,
         )
+    console.check()
+    if taught is None:
+        return trained
+    kept = "blocks" if trained.kept == "before" and taught.kept else trained.kept
+    return replace(trained, before=taught.before, kept=kept)
+
+
+@contextmanager
+def _tidy(work: Work) -> Iterator[None]:
+    """A training that cannot go on leaves no work folder behind, one that is interrupted does."""
+    try:
+        yield
     except UsageError:
         if _main():
             work.remove()
         raise
-    console.check()
-    return trained
+
+
+def _taught(
+    asked: Finetune,
+    manifest: dict[str, Any],
+    data: TrainingData,
+    student: Student,
+    columns: tuple[int, ...] | None,
+    console: Console,
+) -> Taught:
+    """The blocks' own training, by the donors."""
+    with console.status("blockwise"):
+        course = _course(asked, manifest, data, student)
+        names = ", ".join(one.block for one in course.lessons)
+        console.say(f"{names}: each learns from its donor, {asked.blockwise} × {len(data.train)} images …")
+        found = blockwise.learn(
+            course,
+            lambda block, threads: partial(_teach, asked, block, threads),
+            resolve(asked.threads),
+            asked.blockwise_jobs,
+            columns,
+            asked.options.allow_worse,
+            console.say,
+        )
+    for line in found.lines():
+        console.say(line)
+    return found
+
+
+def _course(asked: Finetune, manifest: dict[str, Any], data: TrainingData, student: Student) -> Course:
+    """What the blocks learn; raises UsageError where there is nothing to learn, or nobody to learn from."""
+    places = blockwise.places_of(manifest, student.network)
+    wanted = chosen(places, asked.blockwise_blocks)
+    donors = blockwise.donors_of(lambda: _zoo(manifest, asked.zoo), manifest, places)
+    head = blockwise.head_of(manifest, student.head)
+    return Course(
+        student.network,
+        tuple(lesson(places, place, donors, head, fits=blockwise.linear(student.network, place)) for place in wanted),
+        places,
+        data.train,
+        data.validation,
+        replace(asked.options, epochs=asked.blockwise, lr=asked.blockwise_lr or blockwise.RATE),
+        Freeze(asked.freeze, student.head),
+        _place(asked.output) / "blocks",
+        _identity(asked, manifest, data),
+    )
+
+
+def _teach(asked: Finetune, block: str, threads: int, say: Callable[[str], None]) -> None:
+    """Teach one block in another process, which opens everything anew and leaves the block's state in its folder."""
+    torch.set_num_threads(threads)
+    manifest = bundle.verify(asked.bundle)
+    data = load(asked.data, tuple(manifest["input"]["shape"]), asked.options.seed)
+    course = _course(asked, manifest, data, open_student(asked.bundle, manifest))
+    course.teach(next(one for one in course.lessons if one.block == block), say)
 
 
 def _place(output: Path) -> Path:
@@ -184,6 +273,7 @@ def _identity(asked: Finetune, manifest: dict[str, Any], data: TrainingData) -> 
         "freeze": asked.freeze,
         "teacher": asked.teacher,
         "zoo": asked.zoo,
+        "blockwise": [asked.blockwise, asked.blockwise_blocks, asked.blockwise_lr],
     }
 
 

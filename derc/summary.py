@@ -89,7 +89,10 @@ def _training_text(manifest: dict[str, Any]) -> str:
     before = f"before {tuned['accuracy']['heldout']['before']:.4f}"
     if tuned["kept"] == "before":
         return f"{before}: training made it no better on the validation images, so its weights are the parent's"
-    return f"{before}, {tuned['images']} images in {tuned['seconds']:.0f} s"
+    blocks = tuned.get("blockwise") or {"kept": False}
+    shown = f"{tuned['images']} images in {tuned['seconds']:.0f} s"
+    unlabelled = f"blocks taught on {blocks['images']} without labels" if blocks["kept"] else ""
+    return ", ".join(filter(None, (before, unlabelled, shown if tuned["images"] else "")))
 
 
 def _latency_text(manifest: dict[str, Any]) -> str:
