@@ -18,7 +18,7 @@ from derc.compiler import analyse
 from derc.config import resolve
 from derc.data import Data
 from derc.passes.select import Select
-from derc.pipeline import Timings
+from derc.pipeline import Context, Timings
 from derc.search import Search
 from derc.text import parse_graph
 from tests.conftest import small_zoo
@@ -27,10 +27,15 @@ from tests.world import make_context
 from tests.zoos import latency
 
 
+@pytest.fixture(scope="module")
+def context(tmp_path_factory) -> Context:
+    made = make_context(tmp_path_factory.mktemp("store"), "resnet", "vit")
+    return replace(made, engine=Refusing(threads=1), precisions=("fp32", "int8"))
+
+
 @pytest.fixture
-def search(tmp_path) -> Search:
+def search(context) -> Search:
     """A search over two donors of which the budget admits only what is int8 in three blocks of four."""
-    context = replace(make_context(tmp_path, "resnet", "vit"), engine=Refusing(threads=1), precisions=("fp32", "int8"))
     timings = Timings()
     found = analyse(context, resolve({}, {}, None), timings)
     blocks, distortion = {}, {}

@@ -160,13 +160,29 @@ def forget(root: Path, *notes: str) -> None:
         shutil.rmtree(root / "entries" / key[:2] / key)
 
 
-@pytest.fixture(scope="module")
-def compiled_whole(tmp_path_factory) -> Path:
-    """A folder with a zoo, a store, and the bundle `whole` of a compile that nothing has interrupted."""
-    folder = tmp_path_factory.mktemp("killed")
-    zoo = small_zoo(folder, "resnet-slim", "vit-patch8", "convnext")
-    finish(compiling(zoo, folder / "store", folder / "whole"))
-    return folder
+def test_a_compile_that_is_killed_resumes_and_ships_the_same(tmp_path):
+    """Killed in its search, then, when it has gone on, while it matches networks."""
+    zoo, store = small_zoo(tmp_path, "resnet-slim", "vit-patch8", "convnext"), tmp_path / "store"
+    finish(compiling(zoo, store, tmp_path / "whole"))
+    matched = noted(store, "match")
+    assert len(matched) > 1
+    forget(store, *OF_THE_SEARCH, "match")
+
+    kill(compiling(zoo, store, tmp_path / "killed"), store, "score", 6)
+    assert not (tmp_path / "killed").exists() and not noted(store, "match")
+    before = noted(store, *OF_THE_SEARCH)
+    kept = [float(Store(store).get_bytes(key) or 0) for key, e in before.items() if e.note.startswith("seconds of")]
+
+    kill(compiling(zoo, store, tmp_path / "killed"), store, "match", 1)  # the next network is being matched
+    assert not (tmp_path / "killed").exists() and len(noted(store, "match")) < len(matched)
+
+    finish(compiling(zoo, store, tmp_path / "resumed"))
+    after = noted(store, "")
+    assert all(after[key] == entry for key, entry in before.items())
+    log, manifest = check_same(tmp_path, "resumed")
+    evaluated = [line for line in log if isinstance(line, Entry)]
+    assert 5 <= len(kept) < len(evaluated) and set(kept) <= {line.seconds for line in evaluated}
+    check_lines(log, [one for one in manifest["candidates"] if one["matching"]], len(matched))
 
 
 def check_same(folder: Path, other: str) -> tuple[list[Line], dict[str, object]]:
@@ -179,33 +195,6 @@ def check_same(folder: Path, other: str) -> tuple[list[Line], dict[str, object]]
     told = [[dict(c["matching"] or {}, seconds=None) for c in one["candidates"]] for one in manifests]
     assert told[0] == told[1]
     return list(logs[1]), manifests[1]
-
-
-def test_a_compile_that_is_killed_in_its_search_resumes_and_ships_the_same(compiled_whole):
-    folder, store, zoo = compiled_whole, compiled_whole / "store", compiled_whole / "zoo.toml"
-    forget(store, *OF_THE_SEARCH)
-    kill(compiling(zoo, store, folder / "killed"), store, "score", 6)
-    assert not (folder / "killed").exists()
-    before = noted(store, *OF_THE_SEARCH)
-    kept = [float(Store(store).get_bytes(key) or 0) for key, e in before.items() if e.note.startswith("seconds of")]
-    finish(compiling(zoo, store, folder / "resumed"))
-    after = noted(store, "")
-    assert all(after[key] == entry for key, entry in before.items())
-    log, _ = check_same(folder, "resumed")
-    evaluated = [line for line in log if isinstance(line, Entry)]
-    assert 5 <= len(kept) < len(evaluated) and set(kept) <= {line.seconds for line in evaluated}
-
-
-def test_a_compile_that_is_killed_while_matching_resumes_and_ships_the_same(compiled_whole):
-    folder, store, zoo = compiled_whole, compiled_whole / "store", compiled_whole / "zoo.toml"
-    every = noted(store, "match")
-    assert len(every) > 1
-    forget(store, "match")
-    kill(compiling(zoo, store, folder / "killed"), store, "match", 1)  # the next network is being matched
-    assert not (folder / "killed").exists() and len(noted(store, "match")) < len(every)
-    finish(compiling(zoo, store, folder / "matched"))
-    log, manifest = check_same(folder, "matched")
-    check_lines(log, [one for one in manifest["candidates"] if one["matching"]], len(every))
 
 
 def check_lines(log: list[Line], candidates: list[dict[str, object]], count: int) -> None:

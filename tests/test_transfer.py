@@ -132,9 +132,9 @@ def compiled(tmp_path_factory):
         f"folder:{folder / 'data'}",
         latency_ms=50.0,
         out=folder / "out",
-        evaluations=6,
+        evaluations=3,
         probe=256,
-        profile_s=4,
+        profile_s=2,
     )
     return folder, result
 
