@@ -17,6 +17,7 @@ from derc.errors import UsageError
 from derc.ir import Layout, TensorType
 from derc.parts import Part, check_joint, few, stem_type
 from tests.test_resume import make_search
+from tests.test_resume import world as world  # a fixture
 
 
 def kind(layout, channels, height, width, prefix=0):
@@ -177,9 +178,9 @@ class Heard(Console):
         self.lines.append(message)
 
 
-def test_a_search_says_once_that_its_probe_images_are_few(tmp_path):
+def test_a_search_says_once_that_its_probe_images_are_few(world, tmp_path):
     console = Heard()
-    search = make_search(tmp_path, console)
+    search = make_search(world, tmp_path, console)
     few_images = replace(search.context.data, probe=search.context.data.probe.first(16))
     search = replace(search, context=replace(search.context, data=few_images), evaluations=3)
     search.run()

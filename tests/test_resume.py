@@ -32,7 +32,7 @@ from tests.world import make_context
 from tests.zoos import latency
 
 T = TypeVar("T")
-OF_THE_SEARCH = ("stitch", "score", "select", "seconds of")
+OF_THE_SEARCH = ("stitch", "recalibrate", "score", "select", "seconds of")
 
 
 class Stopping(Console):
