@@ -79,20 +79,25 @@ class Round:
         return found
 
     def donor_item(self, name: str, choice: Choice) -> Row:
-        """The best intact donor as it is, tuned, or taught by the zoo's best donor too."""
-        if name == "donor1":
-            return self.judge_donor(choice.donor)
-        if name == "donor4":
-            return self.tuned(choice.donor)
-        if name == "donor_recalibrated":
-            data = self.world.context(self.seed).data
-            return self.item(f"{choice.donor}-{name}", lambda: recalibrated_net(self.donor_net(choice.donor), data))
-        if name == "donor_short":
-            lesson = Lesson("donor", self.world.size.epochs, self.seed)
-            return self.item(f"{choice.donor}-{name}", lambda: self.donor_net(choice.donor), lesson)
-        teacher = teacher_of(self.world.zoo[choice.best], cifarzoo.CLASSES)
-        lesson = Lesson("distilled", self.world.size.epochs + 2, self.seed, teacher)
-        return self.item(f"{choice.donor}-{name}", lambda: self.donor_net(choice.donor), lesson)
+        """The best intact donor as it is, recalibrated, tuned, or taught by the zoo's best donor too."""
+        donor, epochs, lesson = choice.donor, self.world.size.epochs, None
+        start = partial(self.donor_net, donor)
+        match name:
+            case "donor1":
+                return self.judge_donor(donor)
+            case "donor4":
+                return self.tuned(donor)
+            case "donor_recalibrated":
+                start = partial(self.recalibrated, donor)
+            case "donor_short":
+                lesson = Lesson("donor", epochs, self.seed)
+            case _:
+                teacher = teacher_of(self.world.zoo[choice.best], cifarzoo.CLASSES)
+                lesson = Lesson("distilled", epochs + 2, self.seed, teacher)
+        return self.item(f"{donor}-{name}", start, lesson)
+
+    def recalibrated(self, donor: str) -> Net:
+        return recalibrated_net(self.donor_net(donor), self.world.context(self.seed).data)
 
     def tuned(self, donor: str) -> Row:
         lesson = Lesson("donor", self.world.size.epochs + 2, self.seed)

@@ -238,9 +238,9 @@ def learn(
     most = min(threads, len(course.lessons))
     each, jobs = max(1, threads // most), jobs or (1 if torch.cuda.is_available() else most)
     left = [lesson.block for lesson in course.lessons if not course.finished(lesson)]
-    if min(jobs, len(left)) > 1:
-        children.run([(block, teach_one(block, each)) for block in left], jobs, say)
-    blocks = _collected(course, each, set(left) if min(jobs, len(left)) <= 1 else set(), say)
+    aside = left if min(jobs, len(left)) > 1 else []
+    children.run([(block, teach_one(block, each)) for block in aside], jobs, say)
+    blocks = _collected(course, each, set(left) - set(aside), say)
     after, joined = scored(course.network, course.validation, columns), False
     separate = {name: value.clone() for name, value in course.network.state_dict().items()}
     if join(course):

@@ -54,9 +54,9 @@ def _maps(module: object) -> bool:
 
 @contextmanager
 def tapped(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """What goes into `module` at each call inside, in order."""
+    """What goes into `module` at each call inside, in order, with its gradient where there is one."""
     inputs: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].detach()))
+    handle = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     try:
         yield inputs
     finally:

@@ -31,7 +31,7 @@ class Recalibrate:
     shrinks; for that reason REPAIR (Jordan et al. 2023, arXiv 2211.08403) rescales the neurons of merged networks. They
     stay only where more validation images are answered right (as the consensus says, without labels), in float32. An
     assembly without batch norms there is as it was, and any assembly where the probes are fewer than `least`. Images go
-    through in batches of at most `batch`, those of the stitches' fit, so that the fronts are known.
+    through in batches of `batch`, from 128 probes on those of the stitches' fit, so that the fronts are known then.
     """
 
     batch: int = 32

@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a thread each: torch reads this when 
 from pathlib import Path
 
 import pytest
+import torch
 
 import derc
 from derc.digits import FOLDER
@@ -26,6 +27,15 @@ def small_zoo(folder: Path, *names: str) -> Path:
     path = folder / "zoo.toml"
     path.write_text(text)
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small networks on a busy machine wait for threads more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

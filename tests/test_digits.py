@@ -15,14 +15,7 @@ from derc.digits.recipes import RECIPES
 from derc.digits.train import accuracy_on, augment, examples, train
 from derc.zoo import Zoo
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Small networks on a busy machine wait for threads more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from derc.data import Split
 from derc.errors import UsageError
+from derc.lastlayer import tapped
 from derc.training.checkpoint import Work
 from derc.training.examples import Examples, as_examples, in_order, scaled
 from derc.training.freeze import Trains, everything
@@ -88,12 +89,8 @@ class InputOf(nn.Module):
 
 def into(layer: nn.Module, network: Callable[[Tensor], object], x: Tensor) -> Tensor:
     """What goes into `layer` when `network` runs on `x`, with its gradient; the layer's last call counts."""
-    inputs: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    try:
+    with tapped(layer) as inputs:
         network(x)
-    finally:
-        handle.remove()
     return inputs[-1]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,23 +16,25 @@ from derc.training.outcome import Scored
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Examples, columns: tuple[int, ...] | None = None, batch: int = 64) -> float:
     """The share of right answers, in eval mode; each part's own mode is restored."""
-    right = 0
-    with in_eval(network):
-        for part, labels in in_order(images, batch):
-            outputs = network(part)
-            picked = outputs if columns is None else outputs[:, list(columns)]
-            right += int((picked.argmax(1) == labels).sum())
-    return right / len(images)
+    every = _picked(network, images, columns, batch)
+    return sum(int((outputs.argmax(1) == labels).sum()) for outputs, labels in every) / len(images)
 
 
 @torch.no_grad()
 def scored(network: nn.Module, images: Examples, columns: tuple[int, ...] | None = None, batch: int = 64) -> Scored:
     """Accuracy and cross entropy likewise; every label must be one of the outputs that are picked."""
     right, loss = 0, 0.0
+    for outputs, labels in _picked(network, images, columns, batch):
+        right += int((outputs.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(outputs.float(), labels, reduction="sum"))
+    return Scored(right / len(images), loss / len(images))
+
+
+def _picked(
+    network: nn.Module, images: Examples, columns: tuple[int, ...] | None, batch: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The outputs that stand for the classes, and the labels, in batches."""
     with in_eval(network):
         for part, labels in in_order(images, batch):
             outputs = network(part)
-            picked = outputs if columns is None else outputs[:, list(columns)]
-            right += int((picked.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(picked.float(), labels, reduction="sum"))
-    return Scored(right / len(images), loss / len(images))
+            yield outputs if columns is None else outputs[:, list(columns)], labels

@@ -24,14 +24,7 @@ from derc.training.lessons import Place, chosen
 from tests.training.small import same, split
 
 SHORT = TrainOptions(epochs=3, batch=50, lr=3e-3)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fresh(width: int, seed: int) -> nn.Sequential:

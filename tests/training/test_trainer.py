@@ -28,14 +28,7 @@ PLAIN = TrainOptions(
     epochs=1, batch=300, lr=0.1, optimizer="momentum", decay=0.0, clip=0.0, warmup=0.0, schedule="constant"
 )
 SHORT = TrainOptions(epochs=3, batch=50, lr=3e-3)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gradients_by_hand(one: nn.Module, examples: Split) -> dict[str, torch.Tensor]:
