@@ -21,6 +21,9 @@ from derc.refining import refine
 from derc.scoring.codes import Naswot, naswot
 from derc.search import Judged, Search
 
+INTACT = "intact"
+"""The state in which a compile gives a donor, beside the stages of an assembly."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -64,15 +67,18 @@ def searched(world: World, seed: int, budget: float) -> Row:
     donor, answer = search.best_intact(), search.best()
     if donor is None or answer is None:
         return {}
+    every = [one for one in search.judged.values() if one.assembly.intact]
+    best = max(every, key=lambda one: one.scores.value)
+    for one in (donor, best):
+        keep(world, seed, INTACT, one.stitched)
     compiled = {one.assembly: one for one in search.fitting(intact=False)}
     refine(search, Amount(images=world.size.train), count=world.size.matched)
     matched = search.best()
     assert matched is not None
-    every = (one for one in search.judged.values() if one.assembly.intact)
     found = {
         "donor": donor.assembly.blocks[0].donor,
         "donor_ms": world.table.donors[donor.assembly.blocks[0].donor].ms,
-        "best": max(every, key=lambda one: one.scores.value).assembly.blocks[0].donor,
+        "best": best.assembly.blocks[0].donor,
         "answer": str(answer.assembly),
         "answer_intact": answer.assembly.intact,
         "matched_answer": str(matched.assembly),

@@ -40,35 +40,47 @@ FRESH = ("random", "paper", "scratch")
 
 @dataclass(frozen=True)
 class Net:
-    """A network of its own (nothing is shared with a donor) and the numbers of its parts that are no donor's block."""
+    """A network of its own (nothing is shared with a donor) and the numbers of its parts that are no donor's block.
+
+    `head` is the path of a last layer that was fitted to the task's labels, which is no donor's either; "": none.
+    """
 
     network: Assembled
     added: frozenset[int]
+    head: str = ""
 
     def only_added(self, path: str) -> bool:
-        """Whether this module or parameter is one of those that are no donor's block."""
+        """Whether this module or parameter is one of those that are no donor's."""
         pieces = path.split(".")
-        return len(pieces) > 1 and int(pieces[1]) in self.added
+        fitted = bool(self.head) and f"{path}.".startswith(f"{self.head}.")
+        return fitted or (len(pieces) > 1 and int(pieces[1]) in self.added)
 
 
-def own(network: Assembled, added: frozenset[int]) -> Net:
+def own(network: Assembled, added: frozenset[int], head: str = "") -> Net:
     """A copy that may be trained, in the memory format in which a processor trains fastest."""
-    return Net(copy.deepcopy(network).to(memory_format=torch.channels_last), added)
+    return Net(copy.deepcopy(network).to(memory_format=torch.channels_last), added, head)
 
 
 def added(assembly: Assembly, lowered: LiveDonors) -> frozenset[int]:
     return frozenset(n for n, part in enumerate(parts(assembly, lowered)) if not isinstance(part.spec, BlockRef))
 
 
+def head(assembly: Assembly, lowered: LiveDonors) -> str:
+    """Path of the head that was fitted for the donor of the last block, "" where it has its own."""
+    fitted = lowered.zoo[assembly.blocks[-1].donor].head
+    return "" if fitted is None else f"parts.{len(parts(assembly, lowered)) - 1}.{fitted.path}"
+
+
 def stitched_net(stitched: StitchedAssembly, lowered: LiveDonors) -> Net:
     """As derc gives it."""
-    return own(live(stitched, lowered), added(stitched.assembly, lowered))
+    assembly = stitched.assembly
+    return own(live(stitched, lowered), added(assembly, lowered), head(assembly, lowered))
 
 
 def random_net(assembly: Assembly, lowered: LiveDonors, seed: int) -> Net:
     """The same blocks with random stitches; with donors that have no weights, the architecture from scratch."""
     with seeded(seed):
-        return own(assemble(assembly, lowered), added(assembly, lowered))
+        return own(assemble(assembly, lowered), added(assembly, lowered), head(assembly, lowered))
 
 
 def paper_net(assembly: Assembly, lowered: LiveDonors, fresh: LiveDonors, seed: int) -> Net:

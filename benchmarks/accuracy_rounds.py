@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
-from benchmarks import cifarzoo
+from torch import nn
+
 from benchmarks.accuracy_choices import Choice, choose, kept, short
 from benchmarks.accuracy_networks import (
     FROZEN,
@@ -43,6 +45,7 @@ class Round:
 
     world: World
     seed: int
+    of_donor: ClassVar[tuple[str, ...]] = DONOR
 
     def row(self, budget: float) -> Row | None:
         """Everything that is known at a budget, None where no donor is fast enough."""
@@ -71,7 +74,7 @@ class Round:
 
     def items(self, choice: Choice) -> list[tuple[str, Row]]:
         """Every network of a choice that there is."""
-        found = [(name, self.donor_item(name, choice)) for name in DONOR]
+        found = [(name, self.donor_item(name, choice)) for name in self.of_donor]
         if choice.assembly is not None:
             found += [(name, self.assembly_item(name, choice.assembly)) for name in ASSEMBLY]
         if choice.paper is not None:
@@ -81,7 +84,7 @@ class Round:
     def donor_item(self, name: str, choice: Choice) -> Row:
         """The best intact donor as it is, recalibrated, tuned, or taught by the zoo's best donor too."""
         donor, epochs, lesson = choice.donor, self.world.size.epochs, None
-        start = partial(self.donor_net, donor)
+        start = partial(self.begun, donor)
         match name:
             case "donor1":
                 return self.judge_donor(donor)
@@ -89,26 +92,38 @@ class Round:
                 return self.tuned(donor)
             case "donor_recalibrated":
                 start = partial(self.recalibrated, donor)
+            case "donor3":
+                lesson = Lesson("donor", 2, self.seed)
             case "donor_short":
                 lesson = Lesson("donor", epochs, self.seed)
             case _:
-                teacher = teacher_of(self.world.zoo[choice.best], cifarzoo.CLASSES)
-                lesson = Lesson("distilled", epochs + 2, self.seed, teacher)
+                lesson = Lesson("distilled", epochs + 2, self.seed, self.teacher(choice.best))
         return self.item(f"{donor}-{name}", start, lesson)
+
+    def teacher(self, donor: str) -> nn.Module:
+        """A donor that others learn from."""
+        classes = self.world.context(self.seed).data.classes
+        return teacher_of(self.world.zoo[donor], classes or ())
 
     def recalibrated(self, donor: str) -> Net:
         return recalibrated_net(self.donor_net(donor), self.world.context(self.seed).data)
 
     def tuned(self, donor: str) -> Row:
         lesson = Lesson("donor", self.world.size.epochs + 2, self.seed)
-        return self.item(f"{donor}-donor4", lambda: self.donor_net(donor), lesson)
+        return self.item(f"{donor}-donor4", lambda: self.begun(donor), lesson)
+
+    def begun(self, donor: str) -> Net:
+        """A donor as its training begins."""
+        return self.donor_net(donor)
 
     def judge_donor(self, donor: str) -> Row:
         return self.item(f"{donor}-donor1", lambda: self.donor_net(donor))
 
     def donor_net(self, donor: str) -> Net:
-        whole = Assembly(self.world.analysis.partition.blocks[donor])
-        return stitched_net(StitchedAssembly(whole, (), ()), self.world.lowered)
+        return stitched_net(StitchedAssembly(self.whole(donor), (), ()), self.world.lowered)
+
+    def whole(self, donor: str) -> Assembly:
+        return Assembly(self.world.analysis.partition.blocks[donor])
 
     def assembly_item(self, name: str, assembly: Assembly) -> Row:
         """One state of an assembly, or of the same blocks with random stitches or weights."""

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from derc import registry
 from derc.artifacts import CutZoo, EmbeddedZoo, LatencyTable, LoweredZoo, Partition, decode, encode
 from derc.compiler import Analysis, Prepared, analyse, latencies
 from derc.config import CompileSettings
+from derc.data import Data
 from derc.pipeline import Context, Timings
 from derc.store import Store
 from derc.target import Target
@@ -94,11 +95,14 @@ def whole(path: Path, write: Callable[[Path], object]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """The zoo with its analysis, latency table and budgets in ms; `fresh` are the donors without their weights."""
+    """The zoo with its analysis, latency table and budgets in ms; `fresh` are the donors without their weights.
+
+    `data` gives the images of a seed.
+    """
 
     work: Work
     size: Size
-    images: Images
+    data: Callable[[int], Data]
     zoo: Zoo
     analysis: Analysis
     table: LatencyTable
@@ -117,8 +121,7 @@ class World:
     @cache  # noqa: B019 one world a process
     def prepared(self, seed: int) -> Prepared:
         """A seed's images with the shared analysis and latencies; what passes compute is kept in the work folder."""
-        images = self.images.drawn(self.size, seed)
-        context = on_one_thread(open_context(self.zoo, images, seed), self.lowered, self.work)
+        context = on_one_thread(open_context(self.zoo, self.data(seed), seed), self.lowered, self.work)
         heads = context.data.task_donors(self.zoo)
         return Prepared((context,), heads, self.analysis, (self.table,), Timings(), time.perf_counter())
 
@@ -137,7 +140,8 @@ def open_world(shared: Path, folder: Path, size: Size, budgets: int, *, closed: 
         analysis, table = shared_artifacts(work, context, size)
     fresh = Zoo("fresh", tuple(replace(donor, weights=None) for donor in zoo.donors))
     limits = spaced(table, budgets)
-    return World(work, size, images, zoo, analysis, table, limits, live, LiveDonors(fresh, NEGLIGIBLE))
+    drawn = partial(images.drawn, size)
+    return World(work, size, drawn, zoo, analysis, table, limits, live, LiveDonors(fresh, NEGLIGIBLE))
 
 
 def on_one_thread(context: Context, lowered: LiveDonors, work: Work) -> Context:
@@ -150,17 +154,22 @@ def on_one_thread(context: Context, lowered: LiveDonors, work: Work) -> Context:
 def shared_artifacts(work: Work, context: Context, size: Size) -> tuple[Analysis, LatencyTable]:
     """The analysis and the latency table; made once, so that a run that goes on has the same budgets."""
     timings, settings = Timings(), CompileSettings(profile_s=size.profile_s)
+    analysis = analysed(work, context, settings, timings)
+    table = work.artifact(
+        "table", LatencyTable, lambda: replace(latencies(context, analysis, settings, timings), samples={})
+    )
+    return analysis, table
+
+
+def analysed(work: Work, context: Context, settings: CompileSettings, timings: Timings) -> Analysis:
+    """The analysis of the context's zoo; made once."""
     made = cache(lambda: analyse(context, settings, timings))
-    analysis = Analysis(
+    return Analysis(
         work.artifact("lowered", LoweredZoo, lambda: made().lowered),
         work.artifact("cuts", CutZoo, lambda: made().cuts),
         work.artifact("embedded", EmbeddedZoo, lambda: made().embedded),
         work.artifact("partition", Partition, lambda: made().partition),
     )
-    table = work.artifact(
-        "table", LatencyTable, lambda: replace(latencies(context, analysis, settings, timings), samples={})
-    )
-    return analysis, table
 
 
 def spaced(table: LatencyTable, count: int) -> tuple[float, ...]:

@@ -149,20 +149,27 @@ def load_zoo(shared: Path, work: Path, size: Size, images: Images) -> Zoo:
     """The donors that `size` names; those of the benchmark are trained first where `work` does not have them."""
     (work / "donors").mkdir(parents=True, exist_ok=True)
     public = cifarzoo.load_zoo(shared / "zoo", work / "donors")
-    own = [own_donor(name, RECIPES[name], work / "donors", size, images) for name in size.donors if name in RECIPES]
+    named = [(name, RECIPES[name]) for name in size.donors if name in RECIPES]
+    own = [own_donor(name, recipe, work / "donors", size.own_epochs, images.own()) for name, recipe in named]
     return Zoo("accuracy", (*(one for one in public.donors if one.name in size.donors), *own))
 
 
-def own_donor(name: str, recipe: Recipe, folder: Path, size: Size, images: Images) -> Donor:
-    """A network of the benchmark with its weights."""
-    path = folder / f"{name}-{size.own_epochs}.safetensors"
-    donor = Donor(
-        name, recipe.factory, recipe.kwargs, mean=MEAN, std=STD, labels=cifarzoo.CLASSES, licence="Apache-2.0"
-    )
+def own_donor(
+    name: str,
+    recipe: Recipe,
+    folder: Path,
+    epochs: int,
+    images: tuple[Split, Split],
+    classes: tuple[str, ...] = cifarzoo.CLASSES,
+) -> Donor:
+    """A network of the benchmark with its weights, trained on the first of two splits if `folder` does not have it."""
+    path = folder / f"{name}-{epochs}.safetensors"
+    kwargs = {**recipe.kwargs, "num_classes": len(classes)}
+    donor = Donor(name, recipe.factory, kwargs, mean=MEAN, std=STD, labels=classes, licence="Apache-2.0")
     if not path.is_file():
         network = nn.Sequential(Normalize(MEAN, STD), donor.build()).to(memory_format=torch.channels_last)
-        options = TrainOptions(epochs=size.own_epochs, batch=32, lr=2e-3, augment="flip,crop=4", allow_worse=True)
-        train(network, *images.own(), options)
+        options = TrainOptions(epochs=epochs, batch=32, lr=2e-3, augment="flip,crop=4", allow_worse=True)
+        train(network, *images, options)
         state = {key: value.contiguous() for key, value in network[1].state_dict().items()}
         save_file(state, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
