@@ -123,8 +123,13 @@ def _best_intact(outcome: Outcome, donors: dict[str, dict[str, float | None]]) -
     if best is None:
         return None
     name = best.assembly.blocks[0].donor
+    came = donors[name]["heldout"]
+    anew = any(best.stitched.buffers)
+    network = partial(logits, live(best.stitched, outcome.context.lowered))
     return {
         "donor": name,
-        "heldout": donors[name]["heldout"],
+        "heldout": _accuracy(network, name, outcome.context, outcome.context.data.heldout) if anew else came,
+        "recalibrated": anew,
+        "heldout_as_it_came": came,
         "measured_ms": best.measured.ms if best.measured else None,
     }

@@ -10,6 +10,7 @@ from math import nan
 from derc.artifacts import (
     Assembly,
     Candidate,
+    Consensus,
     CutZoo,
     EmbeddedZoo,
     Evaluated,
@@ -150,12 +151,7 @@ class Search:
         for one in self.context.console.track(proposals, "stitch", len(proposals)):
             assembly = one.candidate.assembly
             started, watch = time.perf_counter(), self.timings.lap()
-            plain = execute(FitStitches(), self.context, assembly.plain, timings=watch)
-            if any(assembly.stitched):
-                plain = execute(Recalibrate(), self.context, plain, reference, timings=watch)
-            if not assembly.plain.intact and self.context.zoo[assembly.blocks[-1].donor].head is not None:
-                plain = execute(RefitHead(), self.context, plain, timings=watch)
-            stitched = replace(plain, assembly=assembly)
+            stitched = replace(self._fitted(assembly.plain, reference, watch), assembly=assembly)
             try:
                 scores = execute(Score(), self.context, stitched, reference, timings=watch)
             except DercError as error:
@@ -172,6 +168,22 @@ class Search:
             self.judged[assembly] = Judged(stitched, scores, predicted)
             seconds = kept_seconds(self.context.store, stitched, scores, time.perf_counter() - started, watch)
             self._note(one, number, first=first, score=scores.value, seconds=seconds)
+
+    def _fitted(self, assembly: Assembly, reference: Consensus, watch: Timings) -> StitchedAssembly:
+        """The network of an assembly in float32: stitches, batch norms and head of its own, as far as it needs them."""
+        fitted = execute(FitStitches(), self.context, assembly, timings=watch)
+        own = self.context.zoo[assembly.blocks[-1].donor].head is not None
+        if not assembly.intact:
+            found = execute(Recalibrate(), self.context, fitted, reference, timings=watch)
+            return execute(RefitHead(), self.context, found, timings=watch) if own else found
+        if self.context.objective != "accuracy" or self.context.data.validation.labels is None:
+            return fitted
+        found = execute(Recalibrate(), self.context, fitted, reference, timings=watch)
+        if not any(found.buffers):
+            return fitted
+        found = execute(RefitHead(), self.context, found, timings=watch) if own else found
+        new, old = (execute(Score(), self.context, one, reference, timings=watch) for one in (found, fitted))
+        return found if new.beats(old) else fitted
 
     def _tell_few(self, proposals: list[Proposal]) -> None:
         """Say once that there are few images for what is now fitted."""

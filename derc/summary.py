@@ -59,6 +59,8 @@ def told(manifest: dict[str, Any]) -> list[str]:
     if accuracy.get("heldout") is not None:
         best = accuracy.get("best_intact_within_budget")
         beside = f"; best intact donor within the budget: {best['donor']} {best['heldout']:.4f}" if best else ""
+        if best and best.get("recalibrated"):
+            beside += f" with batch norms estimated anew ({best['heldout_as_it_came']:.4f} as it came)"
         lines.append(f"accuracy  {accuracy['heldout']:.4f} held-out, {_training_text(manifest)}{beside}")
     head = (manifest.get("head") or {}).get("network")
     if head is not None:

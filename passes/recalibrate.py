@@ -1,4 +1,4 @@
-"""recalibrate: estimate the batch norms behind a stitch anew, on what really reaches them, where answers get better."""
+"""recalibrate: estimate batch norms anew, on what really reaches them, where answers get better."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ VALIDATION = 64
 class Recalibrate:
     """New running means and variances, from the probe images, in all blocks behind an assembly's first stitch.
 
+    Of an assembly without stitches, a donor that sees other images than it was trained on, all blocks get them.
+
     A stitch gives values of other means and variances than the donor's own, of smaller ones above all, since regression
     shrinks; for that reason REPAIR (Jordan et al. 2023, arXiv 2211.08403) rescales the neurons of merged networks. They
     stay only where more validation images are answered right (as the consensus says, without labels), in float32. An
@@ -46,9 +48,9 @@ class Recalibrate:
         probe, blocks = context.data.probe, stitched.assembly.blocks
         every, network = parts(stitched.assembly, context.lowered), live(stitched, context.lowered)
         chosen = [isinstance(part.spec, BlockRef) for part in every]
-        if len(probe) < self.least or all(chosen):
+        if len(probe) < self.least:
             return stitched
-        first = chosen.index(False)
+        first = 0 if all(chosen) else chosen.index(False)
         front = [fronts.block(context.lowered[block.donor], block) for block in blocks[:first]]
         inputs = (x for x in context.fronts.run(probe, self.batch, front) if len(x) > 1)
         found = reestimated(list(network.parts)[first:], inputs, chosen[first:])

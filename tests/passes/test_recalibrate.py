@@ -12,15 +12,22 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from benchmarks.contexts import open_context
-from derc.artifacts import Assembly, BlockRef
+from derc import layered
+from derc.artifacts import Assembly, BlockRef, LatencyTable
 from derc.assembled import live
+from derc.compiler import analyse
+from derc.config import resolve
 from derc.data import Data, Split
 from derc.judge import logits
 from derc.passes.recalibrate import Recalibrate
 from derc.passes.score import Consult, Score
+from derc.passes.select import Select
 from derc.passes.stitch import FitStitches
-from derc.pipeline import Context
+from derc.pipeline import Context, Timings
+from derc.search import Judged, Search
+from derc.workspace import NEGLIGIBLE, LiveDonors
 from derc.zoo import Zoo
+from tests.zoos import latency
 
 FRONT, TAIL = "convnext", "effnet"
 
@@ -95,10 +102,48 @@ def test_without_labels_the_consensus_judges(context, fitted):
     assert Recalibrate().run(other, fitted, own) is fitted
 
 
-@pytest.mark.parametrize("spans", [((TAIL, 0, None),), ((TAIL, 0, 14), (FRONT, 9, None))])
-def test_nothing_is_estimated_before_the_first_stitch_or_where_there_are_no_norms(context, spans):
-    plain = FitStitches().run(context, assembly(context, *spans))
+def test_nothing_is_estimated_before_the_first_stitch_or_where_there_are_no_norms(context):
+    plain = FitStitches().run(context, assembly(context, (TAIL, 0, 14), (FRONT, 9, None)))
     assert recalibrated(context, plain) is plain
+
+
+def dimmed(context: Context) -> Context:
+    """The same images with a quarter of their light."""
+    data = context.data
+    splits = {name: getattr(data, name) for name in ("probe", "validation")}
+    dark = {name: Split(split.images // 4, split.labels) for name, split in splits.items()}
+    return replace(context, data=replace(data, **dark))
+
+
+def searched(context: Context) -> Judged:
+    """What a search makes of a zoo that has one donor."""
+    zoo = Zoo("one", (context.zoo[TAIL],))
+    alone = replace(context, zoo=zoo, lowered=LiveDonors(zoo, NEGLIGIBLE))
+    found = analyse(alone, resolve({}, {}, None), Timings())
+    blocks = {str(block): latency(1.0) for block in found.partition.blocks[TAIL]}
+    stitches = {e.stitch: latency(3.0) for e in layered.build(found.cuts, found.partition).edges if e.stitch}
+    table = LatencyTable("cpu", {}, {TAIL: latency(4.0)}, blocks, stitches, 0.01)
+    select = Select(latency_ms=5.0, heads=(TAIL,))
+    search = Search(alone, select, found.cuts, found.embedded, found.partition, table, 2, Timings())
+    search.run()
+    (judged,) = (one for one in search.judged.values() if one.assembly.intact)
+    return judged
+
+
+def test_a_donor_that_sees_other_images_gets_their_statistics_where_that_is_significantly_better(context):
+    usual, darker = searched(context), searched(dimmed(context))
+    assert not usual.stitched.buffers
+    assert darker.assembly == usual.assembly and all(darker.stitched.buffers)
+    data = dimmed(context).data
+    network = context.lowered[TAIL].program
+    as_it_came = float((logits(network, data.validation).argmax(1).numpy() == data.validation.labels).mean())
+    assert darker.scores.accuracy > as_it_came + 0.05
+
+
+def test_without_labels_a_donor_stays_as_it_came(context):
+    dark = dimmed(context)
+    bare = Split(dark.data.validation.images, None)
+    assert not searched(replace(dark, data=replace(dark.data, validation=bare))).stitched.buffers
 
 
 def test_nothing_is_estimated_from_few_images(context, fitted):
