@@ -38,12 +38,12 @@ def share(flags: Iterable[bool]) -> float:
     return sum(found) / len(found) if found else 0.0
 
 
-def gains(rows: Sequence[Row], name: str, other: str) -> dict[float, list[float]]:
-    """By budget, `name` − `other` in points for every seed that has both."""
-    found: dict[float, list[float]] = {}
+def gains(rows: Sequence[Row], name: str, other: str, place: str = "budget_ms") -> dict[Any, list[float]]:
+    """By budget, `name` − `other` in points for every seed that has both; `place` is the field of the budget."""
+    found: dict[Any, list[float]] = {}
     for row in rows:
         if row.get(name) is not None and row.get(other) is not None:
-            found.setdefault(row["budget_ms"], []).append(100 * (row[name] - row[other]))
+            found.setdefault(row[place], []).append(100 * (row[name] - row[other]))
     return found
 
 
@@ -57,9 +57,9 @@ def wins(rows: Sequence[Row], name: str, other: str) -> float:
     return share(row.get(name) is not None and row.get(other) is not None and row[name] > row[other] for row in rows)
 
 
-def shortfall(rows: Sequence[Row], name: str, other: str) -> tuple[float, float]:
+def shortfall(rows: Sequence[Row], name: str, other: str, place: str = "budget_ms") -> tuple[float, float]:
     """The largest mean loss of a budget in points, 0 where there is none, and the seeds' spread there."""
-    every = gains(rows, name, other)
+    every = gains(rows, name, other, place)
     if not every:
         return 0.0, 0.0
     worst = min(every.values(), key=mean)
