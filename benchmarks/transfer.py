@@ -45,7 +45,7 @@ def measured(every: list[Task], work: Path) -> list[Row]:
                 start = time.perf_counter()
                 row = TransferRound(world, seed).row(budget)
                 say(f"{task.name}, seed {seed}, {budget:g} M MACs", start)
-                rows += [named(task, row)] if row else []
+                rows += [named(task.name, row)] if row else []
     return sorted(rows, key=lambda row: ([one.name for one in every].index(row["task"]), row["m_macs"], row["seed"]))
 
 
@@ -53,11 +53,11 @@ def say(what: str, start: float) -> None:
     click.echo(f"{what}: {time.perf_counter() - start:.0f} s", err=True)
 
 
-def named(task: Task, row: Row) -> Row:
+def named(task: str, row: Row) -> Row:
     """The row with what its amounts are: where the shared code says ms, a ms is a million multiply-accumulates."""
     kept = {key.removesuffix("_ms") + "_m_macs" if key.endswith("_ms") else key: value for key, value in row.items()}
     budget = kept.pop("budget_m_macs")
-    return {"task": task.name, "m_macs": budget, "place": f"{task.name} {budget:g}", **kept}
+    return {"task": task, "m_macs": budget, "place": f"{task} {budget:g}", **kept}
 
 
 def protocol(every: list[Task], seconds: float) -> dict[str, Any]:
