@@ -72,7 +72,9 @@ def counted(analysis: Analysis, heads: tuple[str, ...]) -> LatencyTable:
 
 
 def million(macs: int) -> Latency:
-    return Latency(macs / 1e6, macs / 1e6, macs / 1e6, "predicted")
+    """At least one, for a block without any must have a latency too."""
+    ms = max(macs, 1) / 1e6
+    return Latency(ms, ms, ms, "predicted")
 
 
 def without_weights(donor: Donor, seed: int) -> Donor:
