@@ -153,7 +153,7 @@ def on_one_thread(context: Context, lowered: LiveDonors, work: Work) -> Context:
 
 def shared_artifacts(work: Work, context: Context, size: Size) -> tuple[Analysis, LatencyTable]:
     """The analysis and the latency table; made once, so that a run that goes on has the same budgets."""
-    timings, settings = Timings(), CompileSettings(profile_s=size.profile_s)
+    timings, settings = Timings(), CompileSettings(profile_s=size.profile_s, blocks=size.blocks)
     analysis = analysed(work, context, settings, timings)
     table = work.artifact(
         "table", LatencyTable, lambda: replace(latencies(context, analysis, settings, timings), samples={})

@@ -46,6 +46,7 @@ class Size:
     own_epochs: int = 10
     profile_s: float | None = None
     epochs: int = 1
+    blocks: int = 4
 
     @property
     def name(self) -> str:

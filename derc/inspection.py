@@ -140,9 +140,10 @@ def _partition_lines(found: Partition) -> list[str]:
     if found.distinct:
         shares = ", ".join(f"{blocks}: {share:.0%}" for blocks, share in found.distinct.items())
         lines.append(f"blocks that belong in their set, in the worst set, by number of blocks: {shares}")
-    for number in range(len(next(iter(found.blocks.values())))):
+    every = [block for chain in found.blocks.values() for block in chain]
+    for number in range(1 + max(block.set for block in every)):
         centre = f" (centre {found.centres[number]})" if found.centres else ""
-        members = "  ".join(str(blocks[number]) for blocks in found.blocks.values())
+        members = "  ".join(str(block) for block in every if block.set == number)
         lines.append(f"equivalence set {number}{centre}: {members}")
     if found.moved is not None:
         lines.append(f"{found.moved:.0%} of the cuts lie elsewhere by one half of the probe images alone")

@@ -42,7 +42,7 @@ def build(
     blocks = tuple(variants(_all(cuts, partition), timed))
     if not blocks:
         raise DercError("the latency table has no block of these donors: profile the zoo again")
-    sets = max(len(chain) for chain in partition.blocks.values())
+    sets = 1 + max(block.set for chain in partition.blocks.values() for block in chain)
     depth = {name: depths(donor) for name, donor in cuts.donors.items()}
     begins = np.array([depth[b.donor][b.first] for b in blocks])
     ends_at = np.array([depth[b.donor][b.last] for b in blocks])

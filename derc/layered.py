@@ -202,20 +202,24 @@ def build(
     Blocks come in the precisions in which `timed` names them (`str(BlockRef)`; None: all blocks in float32), `weights`
     are the known bytes of their weights. A stitch leads from a block to any block of a later set, of the next set only
     with `one_per_set`, whose input it can make without making up places. A donor's own next block follows without one.
+    A block reaches to the set of that one, and what lies between there and the next block's set is left out.
     Raises DercError where `timed` names no block of this partition.
     """
     chains = partition.blocks.values()
     blocks = tuple(variants((block for chain in chains for block in chain), timed))
     if not blocks:
         raise DercError("the latency table has no block of this partition: profile the zoo again")
-    sets = max(len(chain) for chain in chains)
+    sets = 1 + max(block.set for block in blocks)
     at = np.array([block.set for block in blocks])
     ahead = at[None, :] == at[:, None] + 1 if one_per_set else at[None, :] > at[:, None]
     ends = Ends.of(cuts, blocks)
     tail, head = np.nonzero(ahead & (ends.joined | ends.legal))
     last = np.array([not heads or block.donor in heads for block in blocks]) & (at == sets - 1)
     tail, head = with_ends(tail, head, at == 0, last)
-    skipped = np.where((tail >= 0) & (head < len(blocks)), at[head % len(blocks)] - at[tail] - 1, 0)
+    begins = {(block.donor, block.first): block.set for chain in chains for block in chain}
+    reach = np.array([begins.get((block.donor, block.last), sets) for block in blocks])
+    inner = (tail >= 0) & (head < len(blocks))
+    skipped = np.where(inner, np.maximum(at[head % len(blocks)] - reach[tail], 0), 0)
     return assembled(cuts, blocks, sets, at, ends, tail, head, skipped, weights or {})
 
 

@@ -41,8 +41,9 @@ class NearTie:
 
 @dataclass(frozen=True)
 class Partition:
-    """Each donor's blocks, in order, block k in equivalence set k; `objective` is the summed similarity.
+    """Each donor's blocks, in order and in rising equivalence sets; `objective` is the summed similarity.
 
+    Block k is in set k, except of a donor with fewer units than there are sets, of which each unit is a block.
     `bound` is what no partition exceeds, where the exact program was solved. `centres` are the donors of the sets'
     central blocks, where likeness to these is what is summed. `moved` is the share of interior cuts that lie elsewhere
     by one half of the probe set alone; `near_ties` are those of them that might as well. `distinct` is, for each number

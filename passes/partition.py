@@ -12,6 +12,7 @@ from derc import (
     equivalence,
     equivalence_centres,
     equivalence_checks,
+    equivalence_few,
     equivalence_program,
     equivalence_search,
     equivalence_sketch,
@@ -36,6 +37,7 @@ HALF_STARTS = 8
 class PartitionZoo:
     """Cuts every donor into `blocks` blocks of at most (1 + `epsilon`) times the fair share of its MACs.
 
+    A donor of fewer units has a block of each, in those of the others' sets that they are most like.
     `auto` takes the largest number of blocks, up to 8, whose sets are distinct: in each, at least 80% of the blocks
     would not be more alike in another's place, by the whole probe set and by either half. `objective` sums the
     similarity of all `pairs` of a set's blocks, or of each with the set's central block (`centres`). `starts` is the
@@ -64,12 +66,23 @@ def partition(
     """Partition by search, and by integer program too where a `solver` is given; the better answer is returned.
 
     A block's size is its MACs. A donor that cannot meet the size bound gets the least slack that it can meet.
-    Raises UsageError for a donor with fewer units than blocks.
+    The objective is that of the donors that have a block in every set. Raises UsageError where no donor has so many
+    units, and for a donor of one unit.
     """
     _check(options, cuts, embedded, solver)
     if options.blocks == AUTO:
         return _chosen(cuts, embedded, options, seed, solver)
-    return _partition(cuts, embedded, options, int(options.blocks), seed, solver)
+    many, few = equivalence_few.split(cuts, int(options.blocks))
+    found = _partition(many, embedded, options, int(options.blocks), seed, solver)
+    if not few.donors:
+        return found
+    blocks = found.blocks | equivalence_few.placed(few, embedded, found.blocks)
+    epsilon = found.epsilon | equivalence_few.slack(few)
+    return replace(
+        found,
+        blocks={name: blocks[name] for name in cuts.donors},
+        epsilon={name: epsilon[name] for name in cuts.donors},
+    )
 
 
 def _check(options: PartitionZoo, cuts: CutZoo, embedded: EmbeddedZoo, solver: Solver | None) -> None:

@@ -41,6 +41,19 @@ def test_paths_are_the_legal_assemblies(
         assert all([block.set for block in assembly.blocks] == [0, 1, 2] for assembly in found)
 
 
+def test_a_donor_of_few_units_goes_on_in_its_own_next_set_and_leaves_nothing_out() -> None:
+    problem = random_problem(7, (3, 8), blocks=6)
+    graph = layered.build(problem.cuts, problem.partition)
+    assert set(paths(problem.learn(Select()))) == set(legal(problem, Select()))
+    chain = problem.partition.blocks["d0"]
+    assert [block.set for block in chain][:: len(chain) - 1] == [0, 5]
+    assert not graph.skipped[list(graph.path(Assembly(chain)) or ())].any()
+    for edge in graph.edges:
+        if edge.source and edge.target and edge.source.donor == "d0":
+            own = next(block for block in chain if block.first == edge.source.last)
+            assert edge.skipped == max(edge.target.set - own.set, 0)
+
+
 def test_costs_are_the_units_and_the_stitches() -> None:
     problem = random_problem(3, (4, 5), blocks=2)
     graph = layered.build(problem.cuts, problem.partition)

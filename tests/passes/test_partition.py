@@ -146,10 +146,42 @@ def test_one_unit_too_big_for_its_share_takes_the_least_slack() -> None:
     assert found.epsilon["d0"] == pytest.approx(0.6)
 
 
-def test_too_few_units_names_the_donor_and_the_option() -> None:
-    cuts = random_cuts(0, (6, 3))
-    with pytest.raises(UsageError, match=r"donor d1 has 3 units.*--blocks 3"):
-        partition(cuts, random_embedded(0, cuts), PartitionZoo(blocks=4))
+@pytest.mark.parametrize(
+    ("sizes", "said"), [((3, 4), r"donor d1 has 4 units.*--blocks 4"), ((6, 1), r"donor d1 has 1 unit and.*--blocks 1")]
+)
+def test_too_few_units_names_the_donor_and_the_option(sizes: tuple[int, ...], said: str) -> None:
+    cuts = random_cuts(0, sizes)
+    with pytest.raises(UsageError, match=said):
+        partition(cuts, random_embedded(0, cuts), PartitionZoo(blocks=5))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), units=st.integers(2, 5), rows=st.booleans())
+def test_a_donor_of_few_units_takes_the_sets_that_its_cuts_are_most_like(seed: int, units: int, rows: bool) -> None:
+    cuts = random_cuts(seed, (8, units, 7))
+    embedded = random_embedded(seed, cuts)
+    if rows:
+        features = np.random.default_rng(seed).random((len(embedded.index), 6)).astype(np.float32)
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        embedded = replace(embedded, rows=features, similarity=features.astype(np.float64) @ features.T)
+    found = partition(cuts, embedded, PartitionZoo(blocks=6))
+    alone = partition(CutZoo({n: cuts.donors[n] for n in ("d0", "d2")}), embedded, PartitionZoo(blocks=6))
+    assert {name: found.blocks[name] for name in ("d0", "d2")} == alone.blocks and found.objective == alone.objective
+    assert list(found.blocks) == ["d0", "d1", "d2"]
+
+    def worth(sets: tuple[int, ...]) -> float:
+        total = 0.0
+        for cut, (before, after) in enumerate(pairwise(sets), 1):
+            for name in ("d0", "d2"):
+                ends, begins = alone.blocks[name][before].last, alone.blocks[name][after].first
+                total += similarity(embedded, ("d1", cut), (name, ends))
+                total += similarity(embedded, ("d1", cut), (name, begins))
+        return total
+
+    blocks = found.blocks["d1"]
+    assert [(block.first, block.last) for block in blocks] == [(unit, unit + 1) for unit in range(units)]
+    every = [(0, *inner, 5) for inner in combinations(range(1, 5), units - 2)]
+    assert worth(tuple(block.set for block in blocks)) == pytest.approx(max(map(worth, every)), abs=1e-5)
 
 
 @pytest.mark.parametrize(("options", "word"), [(PartitionZoo(0), "--blocks"), (PartitionZoo(4, -1), "--epsilon")])
