@@ -209,7 +209,7 @@ def build(
     blocks = tuple(variants((block for chain in chains for block in chain), timed))
     if not blocks:
         raise DercError("the latency table has no block of this partition: profile the zoo again")
-    sets = 1 + max(block.set for block in blocks)
+    sets = 1 + max(block.set for chain in chains for block in chain)
     at = np.array([block.set for block in blocks])
     ahead = at[None, :] == at[:, None] + 1 if one_per_set else at[None, :] > at[:, None]
     ends = Ends.of(cuts, blocks)
