@@ -16,10 +16,12 @@ from derc.compiler import open_search
 from derc.config import CompileSettings
 from derc.errors import InfeasibleError
 from derc.layered import Layered
+from derc.passes.select import spans
 from derc.pipeline import Timings
 from derc.refining import refine
 from derc.scoring.codes import Naswot, naswot
 from derc.search import Judged, Search
+from derc.shipping import margin_of
 
 INTACT = "intact"
 """The state in which a compile gives a donor, beside the stages of an assembly."""
@@ -79,9 +81,9 @@ def searched(world: World, seed: int, budget: float) -> Row:
         "donor": donor.assembly.blocks[0].donor,
         "donor_ms": world.table.donors[donor.assembly.blocks[0].donor].ms,
         "best": best.assembly.blocks[0].donor,
-        "answer": str(answer.assembly),
+        "answer": spans(answer.assembly),
         "answer_intact": answer.assembly.intact,
-        "matched_answer": str(matched.assembly),
+        "matched_answer": spans(matched.assembly),
         "matched_answer_intact": matched.assembly.intact,
         "evaluated": search.spent,
         "assembly": None,
@@ -100,7 +102,7 @@ def told(world: World, seed: int, search: Search, compiled: Mapping[Assembly, Ju
     keep(world, seed, "stage2", best.stitched)
     return {
         "assembly": encode(best.assembly)[0],
-        "name": str(best.assembly),
+        "name": spans(best.assembly),
         "tail": best.assembly.blocks[-1].donor,
         "assembly_ms": best.predicted["latency_ms"],
         "first_by_score": best.assembly == max(compiled.values(), key=lambda one: one.scores.value).assembly,
@@ -128,12 +130,12 @@ def missing(key: str) -> StitchedAssembly:
 def spaces(world: World, seed: int) -> tuple[Layered, dict[Assembly, float]]:
     """All assemblies with one block of each equivalence set, but no intact donor, and their predicted latencies."""
     search = open_search(world.prepared(seed), CompileSettings(seed=seed, latency_ms=world.slowest), Timings())
-    analysis = world.analysis
+    analysis, table = world.coarse or (world.analysis, world.table)
     select = replace(search.select, one_per_set=True)
-    learnt = select.learn(analysis.cuts, analysis.embedded, analysis.partition, world.table, Knowledge())
+    learnt = select.learn(analysis.cuts, analysis.embedded, analysis.partition, table, Knowledge())
     assert learnt.latency_ms is not None
     found = {one: learnt.predict(one)["latency_ms"] for one in order(learnt.graph) if not one.intact}
-    return learnt.graph, {one: ms / (1 - search.select.margin) for one, ms in found.items() if ms is not None}
+    return learnt.graph, {one: ms / (1 - margin_of(table)) for one, ms in found.items() if ms is not None}
 
 
 def published_choice(world: World, seed: int, budget: float) -> Row:
@@ -156,7 +158,7 @@ def published_choice(world: World, seed: int, budget: float) -> Row:
     best = max(trace.seen, key=lambda one: trace.seen[one])
     return {
         "paper": encode(best)[0],
-        "paper_name": str(best),
+        "paper_name": spans(best),
         "paper_ms": latencies[best],
         "paper_naswot": trace.seen[best],
         "paper_seen": len(trace.seen),

@@ -126,10 +126,7 @@ def figures(rows: Sequence[Row], donors: Sequence[Row], ends: tuple[float, float
         "hypervolume_gain_as_compiled": volume_gain(rows, donors, ("stage1", "donor1"), ends),
         "paper_protocol_wins": paper_wins(rows),
         **{f"paper_protocol_wins_{stage}": wins(rows, stage, other) for stage, other in PAPER.items()},
-        **{
-            f"stage4_wins_{other}": wins(rows, "stage4", other)
-            for other in ("donor_short", "random4", "scratch", "distilled")
-        },
+        **{f"stage4_wins_{other}": wins(rows, "stage4", other) for other in ("random4", "scratch", "distilled")},
         "stage1_wins": wins(rows, "stage1", "donor1"),
         "stage1_wins_recalibrated": wins(rows, "stage1", "donor_recalibrated"),
         "stage2_wins": wins(rows, "stage2", "donor1"),

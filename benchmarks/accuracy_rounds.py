@@ -4,8 +4,8 @@ What an assembly has seen when it is judged, in training images: stage 1 none, s
 another pass with labels and frozen blocks, stage 4 `epochs` more in which everything trains. Baselines see as many:
 where the assembly is matched and trained with frozen blocks, random stitches and the paper's network get two passes
 with labels and frozen blocks, and a donor, a student and a network from scratch two epochs more of everything.
-`donor_short` is the donor after the epochs of stage 4 alone, `donor_recalibrated` the donor with batch norms estimated
-anew. Stage 4 and the donor are trained with three rates, of which the validation images choose.
+`donor_recalibrated` is the donor with batch norms estimated anew. Stage 4 and the donor are trained with three rates,
+of which the validation images choose.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from derc.training.teacher import teacher_of
 
 ASSEMBLY = ("stage1", "stage2", "stage3", "stage4", "random1", "random3", "random4", "scratch")
 PAPER = ("paper1", "paper2", "paper3", "paper4")
-DONOR = ("donor1", "donor_recalibrated", "donor_short", "donor4", "distilled")
+DONOR = ("donor1", "donor_recalibrated", "donor4", "distilled")
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,6 @@ class Round:
                 start = partial(self.recalibrated, donor)
             case "donor3":
                 lesson = Lesson("donor", 2, self.seed)
-            case "donor_short":
-                lesson = Lesson("donor", epochs, self.seed)
             case _:
                 lesson = Lesson("distilled", epochs + 2, self.seed, self.teacher(choice.best))
         return self.item(f"{donor}-{name}", start, lesson)

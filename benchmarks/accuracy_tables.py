@@ -10,7 +10,6 @@ from benchmarks.accuracy_figures import Row, spread
 COLUMNS = {
     "donor1": "best donor",
     "donor_recalibrated": "recalibrated",
-    "donor_short": "tuned as briefly as stage 4",
     "donor4": "tuned",
     "stage1": "stage 1",
     "stage2": "stage 2",

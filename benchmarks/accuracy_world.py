@@ -97,7 +97,8 @@ def whole(path: Path, write: Callable[[Path], object]) -> None:
 class World:
     """The zoo with its analysis, latency table and budgets in ms; `fresh` are the donors without their weights.
 
-    `data` gives the images of a seed.
+    `data` gives the images of a seed. `coarse` is the analysis with latencies that the paper's search has, where its
+    partition is another one.
     """
 
     work: Work
@@ -109,6 +110,7 @@ class World:
     budgets: tuple[float, ...]
     lowered: LiveDonors
     fresh: LiveDonors
+    coarse: tuple[Analysis, LatencyTable] | None = None
 
     @property
     def fastest(self) -> float:
@@ -138,10 +140,11 @@ def open_world(shared: Path, folder: Path, size: Size, budgets: int, *, closed: 
         live = LiveDonors(zoo, NEGLIGIBLE)
         context = on_one_thread(open_context(zoo, images.analysis(size)), live, work)
         analysis, table = shared_artifacts(work, context, size)
+        coarse = coarser(work, context, size, analysis)
     fresh = Zoo("fresh", tuple(replace(donor, weights=None) for donor in zoo.donors))
     limits = spaced(table, budgets)
     drawn = partial(images.drawn, size)
-    return World(work, size, drawn, zoo, analysis, table, limits, live, LiveDonors(fresh, NEGLIGIBLE))
+    return World(work, size, drawn, zoo, analysis, table, limits, live, LiveDonors(fresh, NEGLIGIBLE), coarse)
 
 
 def on_one_thread(context: Context, lowered: LiveDonors, work: Work) -> Context:
@@ -159,6 +162,17 @@ def shared_artifacts(work: Work, context: Context, size: Size) -> tuple[Analysis
         "table", LatencyTable, lambda: replace(latencies(context, analysis, settings, timings), samples={})
     )
     return analysis, table
+
+
+def coarser(work: Work, context: Context, size: Size, analysis: Analysis) -> tuple[Analysis, LatencyTable]:
+    """The same zoo in the paper's number of blocks, and their latencies; made once, right after the others."""
+    timings, settings = Timings(), CompileSettings(profile_s=size.profile_s, blocks=size.paper_blocks)
+    blocks = work.artifact("paper-partition", Partition, lambda: analyse(context, settings, timings).partition)
+    found = replace(analysis, partition=blocks)
+    table = work.artifact(
+        "paper-table", LatencyTable, lambda: replace(latencies(context, found, settings, timings), samples={})
+    )
+    return found, table
 
 
 def analysed(work: Work, context: Context, settings: CompileSettings, timings: Timings) -> Analysis:

@@ -33,7 +33,10 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: numbers of images, `evaluations` of a search, networks that are `matched`, epochs."""
+    """How much of everything: numbers of images, `evaluations` of a search, networks that are `matched`, epochs.
+
+    derc's search has donors in `blocks`, the paper's in `paper_blocks`, as many as the paper has.
+    """
 
     donors: tuple[str, ...]
     probe: int = 512
@@ -47,6 +50,7 @@ class Size:
     profile_s: float | None = None
     epochs: int = 1
     blocks: int = 4
+    paper_blocks: int = 4
 
     @property
     def name(self) -> str:
@@ -96,7 +100,7 @@ RECIPES = {
     ),
 }
 FAMILIES = PUBLIC | {name: recipe.family for name, recipe in RECIPES.items()}
-FULL = Size(tuple(FAMILIES))
+FULL = Size(tuple(FAMILIES), epochs=3, blocks=16)
 QUICK = Size(
     ("akamaster_resnet20", "mlperftiny_resnet8", "own_mobilenet", "own_vit"),
     probe=128,
@@ -108,6 +112,7 @@ QUICK = Size(
     swaps=6,
     own_epochs=2,
     profile_s=12.0,
+    blocks=8,
 )
 
 
