@@ -20,4 +20,4 @@ def open_context(zoo: Zoo, data: Data, seed: int = 0) -> Context:
     """The zoo's donors and the images, silent, with an empty store."""
     target, store = Target.load("cpu"), Store(Path(tempfile.mkdtemp(prefix="derc-benchmark-")))
     engine, lowered = registry.open_engine(target.engine), LiveDonors(zoo, NEGLIGIBLE)
-    return Context(zoo, data, target, store, engine, choose("highs"), lowered, Console(quiet=True), seed)
+    return Context(zoo, data, target, store, engine, choose("derc"), lowered, Console(quiet=True), seed)
