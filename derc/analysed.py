@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from derc.ir import Graph, Value
+from derc.stitching import Forms
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -56,17 +57,25 @@ class StitchLosses:
 
     `unexplained[a][b]` is the share of the variance of cut b that no stitch from cut a explains, and `agreement[b]` the
     share of images on which the donor's answer stays when its value at cut b is as a stitch would give it that leaves
-    each of `levels` unexplained. Cuts are named by `name`.
+    each of `levels` unexplained. Cuts are named by `name`. `forms[a][b]` is the form in
+    which that share is left, where it is not the default.
     """
 
     levels: tuple[float, ...]
     unexplained: dict[str, dict[str, float]]
     agreement: dict[str, tuple[float, ...]]
+    forms: Forms = field(default_factory=dict)
 
     @staticmethod
     def name(cut: CutId) -> str:
         """A cut's name here."""
         return f"{cut.donor}:{cut.cut}"
+
+    @staticmethod
+    def cut(name: str) -> CutId:
+        """Inverse of `name`."""
+        donor, _, cut = name.rpartition(":")
+        return CutId(donor, int(cut))
 
     def loss(self, given: CutId, taken: CutId) -> float | None:
         """The share of images on which the donor of `taken` changes its answer behind a stitch, None: unknown."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import cattrs
 import numpy as np
-from cattrs.gen import make_dict_unstructure_fn
+from cattrs.gen import make_dict_unstructure_fn, override
 
 from derc.analysed import Array as Array
 from derc.analysed import BlockParts as BlockParts
@@ -26,6 +26,7 @@ from derc.errors import IntegrityError
 from derc.partitioned import BlockRef as BlockRef
 from derc.partitioned import NearTie as NearTie
 from derc.partitioned import Partition as Partition
+from derc.stitching import PLAIN, Form
 
 T = TypeVar("T")
 
@@ -74,10 +75,20 @@ class LatencyTable:
 
 @dataclass(frozen=True)
 class Joint:
-    """A stitch that a recipe asks for; `stride` is that of its convolution."""
+    """A stitch in front of a block; `form` is that of a linear one, `stride` that of another's convolution."""
 
     kind: str = "linear"
     stride: int = 1
+    form: Form = PLAIN
+
+    @property
+    def weighed(self) -> bool:
+        """Whether it has weights."""
+        return self.form.map != "identity"
+
+
+DEFAULT = Joint()
+"""The stitch where nothing is said of it."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +143,8 @@ class DonorHeads:
 class Assembly:
     """Blocks in order; a stitch joins neighbours unless they are consecutive blocks of one donor.
 
-    A recipe may say otherwise: `joints[i]` is then the stitch in front of block i, None where there is none. A fresh
-    `stem` comes before the blocks, a fresh `head` after them.
+    Where a stitch is not of the default form, or a recipe says otherwise, `joints[i]` is the stitch in front of block
+    i, None where there is none. A fresh `stem` comes before the blocks, a fresh `head` after them.
     """
 
     blocks: tuple[BlockRef, ...]
@@ -169,11 +180,17 @@ class Assembly:
         pairs = zip(self.blocks, self.blocks[1:], strict=False)
         return tuple(a.donor != b.donor or a.last != b.first for a, b in pairs)
 
+    @property
+    def learns(self) -> bool:
+        """Whether a stitch of it, or its stem, has weights."""
+        joints = (self.joint(index) for index in range(len(self.blocks)))
+        return self.stem is not None or any(joint is not None and joint.weighed for joint in joints)
+
     def joint(self, index: int) -> Joint | None:
         """The stitch in front of block `index`, None where there is none."""
         if self.joints:
             return self.joints[index]
-        return Joint() if index and self.stitched[index - 1] else None
+        return DEFAULT if index and self.stitched[index - 1] else None
 
     def __str__(self) -> str:
         ends = [self.stem] if self.stem else [], [self.head] if self.head else []
@@ -365,13 +382,20 @@ class Selection:
     gap: float
 
 
+LATER: dict[type, str] = {Joint: "form", Partition: "forms", StitchLosses: "forms"}
+"""Fields that were added later: at their defaults they are not written, so that digests stay as they were."""
+
+
 @cache
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
-    for kind in (BlockRef, Assembly):
-        converter.register_unstructure_hook(
-            kind, make_dict_unstructure_fn(kind, converter, _cattrs_omit_if_default=True)
-        )
+    sparse: dict[type, dict[str, Any]] = {
+        BlockRef: {"_cattrs_omit_if_default": True},
+        **{kind: {name: override(omit_if_default=True)} for kind, name in LATER.items()},
+        Assembly: {"_cattrs_omit_if_default": True},
+    }
+    for kind, omitted in sparse.items():
+        converter.register_unstructure_hook(kind, make_dict_unstructure_fn(kind, converter, **omitted))
     return converter
 
 

@@ -79,7 +79,8 @@ def new_stitch(assembly: Assembly, index: int, lowered: Mapping[str, Lowered]) -
     """A fresh linear stitch in front of block `index`."""
     before, after = assembly.blocks[index - 1], assembly.blocks[index]
     source, target = lowered[before.donor].cuts[before.last].type, lowered[after.donor].cuts[after.first].type
-    return stitching.build(source, target)
+    joint = assembly.joint(index)
+    return stitching.build(source, target, joint.form if joint else stitching.PLAIN)
 
 
 @contextmanager

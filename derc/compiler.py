@@ -58,6 +58,7 @@ def analyse(context: Context, settings: CompileSettings, timings: Timings) -> An
         stitches = execute(Stitchable(), context, cuts, partition, timings=timings)
         adding = execute(AddingParts(), context, partition, timings=timings)
         embedded = replace(embedded, stitches=stitches, parts=adding.parts)
+        partition = replace(partition, forms=stitches.forms)
     return Analysis(lowered, cuts, embedded, partition)
 
 

@@ -58,25 +58,30 @@ def _joined(context: Context, stitched: StitchedAssembly) -> bytes:
         block = every[place].spec
         if isinstance(block, BlockRef):
             models[place] = context.engine.rewrite(models[place], block.precision, samples)
-    return exporting.join(same_opset(models))
+    return exporting.join(same_opset(list(models.values())))
 
 
-def _exported(context: Context, every: tuple[Part, ...], network: Assembled, changed: set[str]) -> list[bytes]:
-    """Each part in float32: blocks sliced out of donors' exports, the rest, `changed` too, out of one of its own."""
+def _exported(context: Context, every: tuple[Part, ...], network: Assembled, changed: set[str]) -> dict[int, bytes]:
+    """Each part in float32, by place: blocks sliced out of donors' exports, the rest, `changed` too, out of its own.
+
+    A stitch that does nothing has none.
+    """
     batch = context.target.batch
-    added = {part.name: module for part, module in zip(every, network.parts, strict=True) if _own(part, changed)}
+    both = zip(every, network.parts, strict=True)
+    added = {part.name: module for part, module in both if _own(part, changed) and not part.free}
     slicers = {name: exporting.Slicer(donor_model(context, name)) for name in _donors(every)}
     if added:
         examples = tuple(example(part.source, batch) for part in every if part.name in added)
         names = [f"in {name}" for name in added], [f"out {name}" for name in added]
-        both = exporting.export(exporting.Parallel(added.values()), examples, names[1], input_names=names[0])
-        slicers[""] = exporting.Slicer(both)
-    return [
-        slicers[part.spec.donor].slice((f"cut_{part.spec.first}",), (f"cut_{part.spec.last}",))
+        own = exporting.export(exporting.Parallel(added.values()), examples, names[1], input_names=names[0])
+        slicers[""] = exporting.Slicer(own)
+    return {
+        place: slicers[part.spec.donor].slice((f"cut_{part.spec.first}",), (f"cut_{part.spec.last}",))
         if isinstance(part.spec, BlockRef) and part.name not in added
         else slicers[""].slice((f"in {part.name}",), (f"out {part.name}",))
-        for part in every
-    ]
+        for place, part in enumerate(every)
+        if not part.free
+    }
 
 
 def _own(part: Part, changed: set[str]) -> bool:

@@ -32,9 +32,12 @@ def block(lowered: Lowered, ref: BlockRef) -> Step:
 
 
 def added(module: nn.Module) -> Step:
-    """A stitch with its weights, of which each follows from the blocks around it, so that nobody else goes on there."""
+    """A stitch with its weights, of which each follows from the blocks around it, so that nobody else goes on there.
+
+    What it is without weights is what its representation, of type, form and shape, says.
+    """
     state = {name: value.detach().numpy() for name, value in module.state_dict().items()}
-    return Step(digest(state), module.eval(), keep=False)
+    return Step(digest(str(module), state), module.eval(), keep=False)
 
 
 class Fronts:

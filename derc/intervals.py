@@ -13,7 +13,8 @@ from derc.engine import PRECISIONS
 from derc.errors import DercError, UsageError
 from derc.joints import Ends
 from derc.layered import Layered, assembled, variants, with_ends
-from derc.stitch_latency import predict
+from derc.stitch_latency import Shapes, formed, predict
+from derc.stitching import PLAIN, Forms
 
 LEAST_STITCHES = 4
 """Known stitches that a cost law of three coefficients needs."""
@@ -48,7 +49,7 @@ def build(
     ends_at = np.array([depth[b.donor][b.last] for b in blocks])
     inner_end = np.array([b.last < len(cuts.donors[b.donor].units) for b in blocks])
     inner_begin = np.array([b.first > 0 for b in blocks])
-    ends, precision = Ends.of(cuts, blocks), np.array([PRECISIONS.index(b.precision) for b in blocks])
+    ends, precision = Ends.of(cuts, blocks, partition.forms), np.array([PRECISIONS.index(b.precision) for b in blocks])
     merged = ends.joined & (precision[:, None] == precision[None, :])
     ahead = (ends_at[None, :] > ends_at[:, None]) & inner_end[:, None] & inner_begin[None, :]
     again = (ends.donor[:, None] == ends.donor[None, :]) & (ends.first[None, :] < ends.last[:, None])
@@ -115,19 +116,20 @@ def extended(table: LatencyTable, cuts: CutZoo, partition: Partition) -> Latency
                 distortion[str(form)] = sum(table.distortion[name] for name in names)
             if all(p.share == 1.0 for p in touched) and all(name in table.weights for name in names):
                 weights[str(form)] = sum(table.weights[name] for name in names)
-    stitches = _stitches(cuts, table.stitches)
+    stitches = _stitches(cuts, partition.forms, table.stitches)
     return replace(table, blocks=blocks, stitches=stitches, distortion=distortion, weights=weights)
 
 
-def _stitches(cuts: CutZoo, known: Mapping[str, Latency]) -> dict[str, Latency]:
+def _stitches(cuts: CutZoo, forms: Forms, known: Mapping[str, Latency]) -> dict[str, Latency]:
     """Latencies of the stitches between all cuts: the known ones, and what the law of the measured ones says."""
     inner = {cut.type for donor in cuts.donors.values() for cut in donor.cuts[1:-1]}
-    shapes = {
-        stitching.key(source, target): (source, target)
+    shapes: Shapes = {
+        stitching.key(source, target): (source, target, PLAIN)
         for source in sorted(inner, key=stitching.describe)
         for target in sorted(inner, key=stitching.describe)
         if stitching.keeps_places(source, target)
     }
+    shapes |= formed(cuts, forms)
     lacking = shapes.keys() - known.keys()
     measured = {key: one for key, one in known.items() if key in shapes and one.provenance != "predicted"}
     measured = measured if len(measured) >= LEAST_STITCHES else {key: known[key] for key in known if key in shapes}

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from derc import stitching
-from derc.artifacts import Array, BlockRef, CutZoo
+from derc.artifacts import Array, BlockRef, CutId, CutZoo, StitchLosses
 from derc.ir import TensorType
+from derc.stitching import PLAIN, Form
+
+NONE: Mapping[str, Mapping[str, Form]] = {}
 
 
 @dataclass(frozen=True, eq=False)
 class Ends:
-    """Where blocks end and begin: `donor`, `first`, `last`, and what they take and give as numbers of `types`."""
+    """Where blocks end and begin: `donor`, `first`, `last`, and what they take and give as numbers of `types`.
+
+    `form[stop, start]` numbers, in `forms`, the form of a stitch between two places; `stop` and `start` (blocks) number
+    those where blocks end and begin.
+    """
 
     donor: Array
     first: Array
@@ -23,9 +30,14 @@ class Ends:
     takes: Array
     gives: Array
     types: tuple[TensorType, ...]
+    stop: Array
+    start: Array
+    form: Array
+    forms: tuple[Form, ...]
 
     @classmethod
-    def of(cls, cuts: CutZoo, blocks: Sequence[BlockRef]) -> Ends:
+    def of(cls, cuts: CutZoo, blocks: Sequence[BlockRef], forms: Mapping[str, Mapping[str, Form]] = NONE) -> Ends:
+        """The ends of `blocks`; `forms` are those of stitches by the names of their cuts, the default elsewhere."""
         donors = {name: number for number, name in enumerate(cuts.donors)}
         types: dict[TensorType, int] = {}
         kinds = {
@@ -33,7 +45,15 @@ class Ends:
         }
         rows = [(donors[b.donor], b.first, b.last, kinds[b.donor][b.first], kinds[b.donor][b.last]) for b in blocks]
         donor, first, last, takes, gives = np.array(rows, int).reshape(len(rows), 5).T
-        return cls(donor, first, last, takes, gives, tuple(types))
+        stops, starts = dict[str, int](), dict[str, int]()
+        stop = [stops.setdefault(StitchLosses.name(CutId(b.donor, b.last)), len(stops)) for b in blocks]
+        start = [starts.setdefault(StitchLosses.name(CutId(b.donor, b.first)), len(starts)) for b in blocks]
+        numbers, table = {PLAIN: 0}, np.zeros((len(stops), len(starts)), np.int32)
+        for one in stops.keys() & forms.keys():
+            for other in starts.keys() & forms[one].keys():
+                table[stops[one], starts[other]] = numbers.setdefault(forms[one][other], len(numbers))
+        ends = np.array(stop, int), np.array(start, int), table
+        return cls(donor, first, last, takes, gives, tuple(types), *ends, tuple(numbers))
 
     @cached_property
     def joined(self) -> Array:
@@ -56,11 +76,14 @@ class Ends:
 
         Numbers are (edges), costs (shapes, 3).
         """
-        pair = self.gives[tail] * len(self.types) + self.takes[head]
+        form = self.form[self.stop[tail], self.start[head]].astype(int)
+        pair = (form * len(self.types) + self.gives[tail]) * len(self.types) + self.takes[head]
         shapes, inverse = np.unique(pair, return_inverse=True)
         keys, numbers, costs = dict[str, int](), list[int](), list[tuple[int, int, int]]()
         for shape in shapes.tolist():
-            ends = self.types[shape // len(self.types)], self.types[shape % len(self.types)]
+            rest, other = divmod(shape, len(self.types))
+            number, one = divmod(rest, len(self.types))
+            ends = self.types[one], self.types[other], self.forms[number]
             key = stitching.key(*ends)
             if key not in keys:
                 keys[key] = len(keys)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
-from derc.artifacts import Array, Assembly, BlockRef, CutZoo, Partition
+from derc.artifacts import DEFAULT, Array, Assembly, BlockRef, CutZoo, Joint, Partition
 from derc.engine import PRECISIONS
 from derc.errors import DercError
 from derc.joints import Ends
+from derc.stitching import PLAIN, parted
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 """Of one weight where a block's are not known as a whole; the few that stay wider (biases, norms) count as others."""
@@ -132,9 +133,22 @@ class Layered:
         places[self.tail[ends]] = ends
         return places
 
+    @cached_property
+    def joints(self) -> tuple[Joint, ...]:
+        """The stitches of `stitches`."""
+        return tuple(Joint(form=form) if (form := parted(key)[2]) != PLAIN else DEFAULT for key in self.stitches)
+
+    def _joint(self, place: int) -> Joint | None:
+        """The stitch on an edge."""
+        number = int(self.stitch[place])
+        return self.joints[number] if number >= 0 else None
+
     def path(self, assembly: Assembly) -> tuple[int, ...] | None:
-        """The edges of an assembly, from input to output; None where it is not a path of this graph."""
-        blocks = _merged(assembly.blocks) if self.whole else assembly.blocks
+        """The edges of an assembly, from input to output; None where it is not a path of this graph.
+
+        One whose stitches have other forms is none.
+        """
+        blocks, joints = _merged(assembly) if self.whole else (assembly.blocks, assembly.joints)
         stops = [self.number.get(block, -1) for block in blocks]
         if not stops or -1 in stops:
             return None
@@ -147,19 +161,26 @@ class Layered:
             places.append(place)
             tail = head
         last = int(self._last[tail])
-        return (*places, last) if last >= 0 else None
+        alike = self._joints(places) == (joints if any(one not in (None, DEFAULT) for one in joints) else ())
+        return (*places, last) if last >= 0 and alike else None
+
+    def _joints(self, places: Sequence[int]) -> tuple[Joint | None, ...]:
+        """What an assembly of the edges into its blocks says of its stitches."""
+        joints = tuple(self._joint(place) for place in places)
+        return joints if any(joint not in (None, DEFAULT) for joint in joints) else ()
 
     def assembly(self, chosen: Iterable[int]) -> Assembly:
         """The assembly of the path that the chosen edges form."""
-        after = {int(self.tail[place]): int(self.head[place]) for place in chosen}
-        blocks, stop = list[BlockRef](), after[-1]
+        after = {int(self.tail[place]): int(place) for place in chosen}
+        places, stop = [after[-1]], int(self.head[after[-1]])
         while stop != len(self.blocks):
-            blocks.append(self.blocks[stop])
-            stop = after[stop]
+            places.append(after[stop])
+            stop = int(self.head[after[stop]])
+        blocks = [self.blocks[int(self.head[place])] for place in places[:-1]]
         if len(blocks) == 1 and blocks[0].donor in self.whole:
             chain = self.whole[blocks[0].donor]
             return Assembly(tuple(replace(block, precision=blocks[0].precision) for block in chain))
-        return Assembly(tuple(blocks))
+        return Assembly(tuple(blocks), self._joints(places[:-1]))
 
     def costs(self, path: tuple[int, ...]) -> dict[str, float]:
         """`params`, `macs` and `memory_mb` (10⁶ bytes: all weights and the largest activation) of a path."""
@@ -176,16 +197,18 @@ class Layered:
         return self.costs_of[name].astype(np.float64)
 
 
-def _merged(blocks: tuple[BlockRef, ...]) -> list[BlockRef]:
-    """Consecutive blocks of one donor and precision as one block, in the first one's equivalence set."""
-    merged: list[BlockRef] = []
-    for block in blocks:
-        last = merged[-1] if merged else None
-        if last and (last.donor, last.last, last.precision) == (block.donor, block.first, block.precision):
+def _merged(assembly: Assembly) -> tuple[list[BlockRef], tuple[Joint | None, ...]]:
+    """Consecutive blocks of one donor and precision as one block, in the first one's set, and the joints of each."""
+    merged, joints = list[BlockRef](), list[Joint | None]()
+    for index, block in enumerate(assembly.blocks):
+        last, joint = merged[-1] if merged else None, assembly.joint(index)
+        goes_on = last and (last.donor, last.last, last.precision) == (block.donor, block.first, block.precision)
+        if last and goes_on and joint is None:
             merged[-1] = replace(last, last=block.last)
         else:
             merged.append(block)
-    return merged
+            joints.append(joint)
+    return merged, tuple(joints)
 
 
 def build(
@@ -201,9 +224,9 @@ def build(
 
     Blocks come in the precisions in which `timed` names them (`str(BlockRef)`; None: all blocks in float32), `weights`
     are the known bytes of their weights. A stitch leads from a block to any block of a later set, of the next set only
-    with `one_per_set`, whose input it can make without making up places. A donor's own next block follows without one.
-    A block reaches to the set of that one, and what lies between there and the next block's set is left out.
-    Raises DercError where `timed` names no block of this partition.
+    with `one_per_set`, whose input it can make without making up places; its form is what the partition says. A donor's
+    own next block follows without one; a block reaches to that one's set, and what lies between there and the next
+    block's set is left out. Raises DercError where `timed` names no block of this partition.
     """
     chains = partition.blocks.values()
     blocks = tuple(variants((block for chain in chains for block in chain), timed))
@@ -212,7 +235,7 @@ def build(
     sets = 1 + max(block.set for chain in chains for block in chain)
     at = np.array([block.set for block in blocks])
     ahead = at[None, :] == at[:, None] + 1 if one_per_set else at[None, :] > at[:, None]
-    ends = Ends.of(cuts, blocks)
+    ends = Ends.of(cuts, blocks, partition.forms)
     tail, head = np.nonzero(ahead & (ends.joined | ends.legal))
     last = np.array([not heads or block.donor in heads for block in blocks]) & (at == sets - 1)
     tail, head = with_ends(tail, head, at == 0, last)

@@ -95,12 +95,13 @@ def _selected(outcome: Outcome) -> dict[str, Any]:
 
 
 def _stitch(op: Op, residual: float) -> dict[str, Any]:
-    source, _, target = op.target.partition(">")
+    source, target, form = stitching.parted(op.target)
     index = int(op.name.removeprefix("stitch"))
     return {
         "before": index,
         "source": source,
         "target": target,
+        "form": form.name,
         "params": op.params,
         "macs": op.macs,
         "residual": round(residual, 6),

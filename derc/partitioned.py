@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from derc.stitching import Forms
+
 
 @dataclass(frozen=True, order=True)
 class BlockRef:
@@ -48,6 +50,7 @@ class Partition:
     central blocks, where likeness to these is what is summed. `moved` is the share of interior cuts that lie elsewhere
     by one half of the probe set alone; `near_ties` are those of them that might as well. `distinct` is, for each number
     of blocks that was tried, the smallest share over the sets of blocks that would not rather be in another one.
+    `forms[a][b]` is that of a stitch from cut a to cut b (`StitchLosses.name`) where it is not the default one.
     """
 
     blocks: dict[str, tuple[BlockRef, ...]]
@@ -59,6 +62,7 @@ class Partition:
     moved: float | None = None
     near_ties: tuple[NearTie, ...] = ()
     distinct: dict[str, float] = field(default_factory=dict)
+    forms: Forms = field(default_factory=dict)
 
     @property
     def gap(self) -> float | None:

@@ -83,10 +83,17 @@ class Part:
         """What plan.txt calls it."""
         if not isinstance(self.spec, Joint):
             return str(self.spec)
-        shape = stitching.key(self.source, self.target)
+        shape = stitching.key(self.source, self.target, self.spec.form)
         if self.spec.kind == "linear":
             return shape
         return f"{self.spec.kind}{self.spec.stride if self.spec.stride > 1 else ''}:{shape}"
+
+    @property
+    def free(self) -> bool:
+        """Whether it is a stitch that does nothing."""
+        if not isinstance(self.spec, Joint) or self.spec.kind != "linear":
+            return False
+        return stitching.free(self.source, self.target, self.spec.form)
 
     def build(self) -> nn.Module:
         """The module with torch's random initialisation; not for blocks."""
@@ -119,7 +126,8 @@ def parts(assembly: Assembly, donors: Mapping[str, HasCuts]) -> tuple[Part, ...]
 
 def few(every: Iterable[Part], images: int) -> str:
     """A sentence on the widest linear stitch where it has more inputs than there are images to fit it to, else ""."""
-    linear = (part for part in every if isinstance(part.spec, Joint) and part.spec.kind == "linear")
+    joints = ((part, part.spec) for part in every if isinstance(part.spec, Joint))
+    linear = (part for part, joint in joints if joint.kind == "linear" and joint.form.map == "full")
     widest = max(((_inputs(part), part.label) for part in linear), default=(0, ""))
     if widest[0] <= images:
         return ""
@@ -166,6 +174,9 @@ def check_joint(joint: Joint, source: TensorType, target: TensorType) -> None:
     if not stitching.convertible(source, target):
         raise UsageError(f"no stitch leads {types}: end or begin the block elsewhere")
     if joint.kind == "linear":
+        reason = stitching.obstacle(source, target, joint.form)
+        if reason:
+            raise UsageError(f"a stitch {types} cannot be {joint.form.name}: {reason}")
         return
     layouts = TOKENS if joint.kind == "dery-fc" else (Layout.NCHW, *TOKENS)
     positions = all(kind.layout in layouts and kind.spatial and not kind.prefix for kind in (source, target))
@@ -181,7 +192,7 @@ def check_joint(joint: Joint, source: TensorType, target: TensorType) -> None:
 
 def _stitch_call(joint: Joint, source: TensorType, target: TensorType) -> tuple[str, dict[str, Any]]:
     if joint.kind == "linear":
-        return "Stitch", dict(stitching.arguments(source, target))
+        return "Stitch", stitching.arguments(source, target, joint.form)
     if joint.kind == "dery-fc":
         grid = target.spatial if target.layout is Layout.NHWC else None
         return "DeryTokenStitch", {"channels": source.channels, "width": target.channels, "grid": grid}
@@ -194,7 +205,7 @@ def _stitch_call(joint: Joint, source: TensorType, target: TensorType) -> tuple[
 
 def _stitch_cost(joint: Joint, source: TensorType, target: TensorType) -> StitchCost:
     if joint.kind == "linear":
-        return stitching.cost(source, target)
+        return stitching.cost(source, target, joint.form)
     height, width = strided(joint, source) or (1, 1)
     weights = source.channels * target.channels * joint.stride**2
     return StitchCost(2 * source.channels + weights, weights * height * width, 4 * target.numel)

@@ -138,7 +138,7 @@ class _Planner:
                 f"the stem gives {describe(self.value)} where {describe(target)} is wanted: set its channels, or give "
                 'the block grid = "keep" or a stitch'
             )
-        joint = Joint(table.stitch or "linear", table.stride)
+        joint = Joint(table.stitch or "linear", table.stride, table.form)
         check_joint(joint, self.value, target)
         return joint
 

@@ -17,6 +17,7 @@ from derc.artifacts import Array, Assembly, CutZoo, Latency, LatencyTable
 from derc.errors import DercError
 from derc.ir import Layout, TensorType
 from derc.layered import Edge, Layered
+from derc.stitching import costs_nothing
 
 SCALE_SPREAD = 0.05
 """Prior standard deviation of how much all blocks together are off in a network, as a share."""
@@ -124,7 +125,7 @@ def parts_of(graph: Layered, cuts: CutZoo, table: LatencyTable) -> Parts:
             rows[place, 1 if kind.layout == Layout.NCHW else 2] += 4 * kind.numel / 1e6
         if edge.target is not None:
             rows[place, 3] = timed(table.blocks, str(edge.target), "block").ms
-        if edge.stitch is not None:
+        if edge.stitch is not None and not costs_nothing(edge.stitch):
             rows[place, 4] = timed(table.stitches, edge.stitch, "stitch").ms
     return Parts(
         own=rows[:, 3] + rows[:, 4],
@@ -136,12 +137,12 @@ def parts_of(graph: Layered, cuts: CutZoo, table: LatencyTable) -> Parts:
 
 
 def _crossings(edge: Edge, cuts: CutZoo) -> list[TensorType]:
-    """Values that pass from part to part on an edge: two around a stitch, one between blocks."""
+    """Values that pass from part to part on an edge: two around a stitch that does something, one between blocks."""
     if edge.source is None or edge.target is None:
         return []
     source = cuts.donors[edge.source.donor].cuts[edge.source.last].type
     target = cuts.donors[edge.target.donor].cuts[edge.target.first].type
-    return [source] if edge.stitch is None else [source, target]
+    return [source] if edge.stitch is None or costs_nothing(edge.stitch) else [source, target]
 
 
 def _spreads(rows: Array) -> Array:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from derc.errors import UsageError, suggest
+from derc.stitching import PLAIN, Form
 
 Side = Annotated[int, Field(ge=1)]
 Pair = Annotated[list[Side], Field(min_length=2, max_length=2)]
@@ -32,8 +33,9 @@ class Table(BaseModel):
 class BlockTable(Table):
     """Units of a donor, `first` and `last` included, by number or as module paths.
 
-    `stitch` is the kind of the stitch in front of the block, `stride` that of the paper's convolution. With `grid`
-    "keep" the block runs on the grid that it gets, as its donor would for images of another size.
+    `stitch` is the kind of the stitch in front of the block, `stride` that of the paper's convolution, `regrid`, `map`
+    and `rank` are the form of a linear one. With `grid` "keep" the block runs on the grid that it gets, as its donor
+    would for images of another size.
     """
 
     donor: str
@@ -41,7 +43,15 @@ class BlockTable(Table):
     last: int | str
     stitch: Literal["linear", "dery", "dery-fc"] | None = None
     stride: int = Field(default=1, ge=1)
+    regrid: Literal["mean", "strided", "bilinear"] = "mean"
+    map: Literal["full", "affine", "identity"] = "full"
+    rank: int | None = Field(default=None, ge=1)
     grid: Literal["donor", "keep"] = "donor"
+
+    @property
+    def form(self) -> Form:
+        """That of the stitch in front, where it is a linear one."""
+        return Form(self.regrid, self.map, self.rank or 0)
 
 
 class StemTable(Table):
@@ -122,6 +132,8 @@ def _problem(recipe: Recipe) -> str | None:
     for number, block in enumerate(recipe.block, start=1):
         if block.stride > 1 and block.stitch != "dery":
             return f', block {number}: stride is for stitch = "dery"; the linear stitch regrids by itself'
+        if block.stitch != "linear" and block.form != PLAIN:
+            return f', block {number}: regrid, map and rank are for stitch = "linear": write that too'
     return None
 
 

@@ -50,7 +50,9 @@ def graph_of(built: Built) -> Graph:
 
 
 def weights_of(part: Part, built: Built) -> str:
-    """Where the weights of what derc adds come from: matched, fitted, or random."""
+    """Where the weights of what derc adds come from: matched, fitted, or random; an identity has none."""
+    if isinstance(part.spec, Joint) and not part.spec.weighed:
+        return "none"
     if built.matched is not None and part.kind != "head":
         return "matched"
     return "fitted" if part.name in built.fitted else "random"
@@ -108,12 +110,16 @@ def _stitch(part: Part, built: Built) -> dict[str, Any]:
     residual = built.fitted.get(part.name)
     return {
         "before": int(part.name.removeprefix("stitch")),
-        **(asdict(part.spec) if isinstance(part.spec, Joint) else {}),
+        **(_joint(part.spec) if isinstance(part.spec, Joint) else {}),
         "source": stitching.describe(part.source),
         "target": stitching.describe(part.target),
         "weights": weights_of(part, built),
         "residual": None if residual is None else round(residual, 6),
     }
+
+
+def _joint(joint: Joint) -> dict[str, Any]:
+    return {**asdict(joint), "form": joint.form.name if joint.kind == "linear" else None}
 
 
 def _donor(donor: Donor, built: Built) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def refine_these(search: Search, assemblies: Iterable[Assembly], amount: Amount,
 
 
 def _waits(one: Judged) -> bool:
-    return one.matched is None and any(one.assembly.stitched)
+    return one.matched is None and one.assembly.learns
 
 
 def _matched(search: Search, one: Judged, amount: Amount, teacher: str) -> tuple[Matched, StitchedAssembly, Scores]:

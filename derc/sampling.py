@@ -7,6 +7,7 @@ from random import Random
 
 from derc.artifacts import Assembly, BlockRef
 from derc.layered import Layered
+from derc.stitching import costs_nothing
 
 DRAWS = 12
 """How many random assemblies each one that is taken is the best of."""
@@ -36,9 +37,9 @@ def sample(graph: Layered, count: int, seed: int, cheap: frozenset[str] = frozen
 
 
 def stitches(graph: Layered, assembly: Assembly) -> set[str]:
-    """Shapes of the stitches of an assembly of the graph."""
+    """Shapes of the stitches of an assembly of the graph that do something."""
     edges = (graph.edges[place] for place in graph.path(assembly) or ())
-    return {edge.stitch for edge in edges if edge.stitch is not None}
+    return {edge.stitch for edge in edges if edge.stitch is not None and not costs_nothing(edge.stitch)}
 
 
 def _ways(graph: Layered) -> list[int]:
@@ -57,11 +58,11 @@ def _set(block: BlockRef | None) -> int:
 
 def _draw(graph: Layered, ways: list[int], random: Random) -> Assembly:
     """One path, all equally likely."""
-    blocks, stop = list[BlockRef](), None
+    places, stop = list[int](), None
     while True:
         after = graph.leaving[stop]
         (place,) = random.choices(after, [ways[edge] for edge in after])
+        places.append(place)
         stop = graph.edges[place].target
         if stop is None:
-            return Assembly(tuple(blocks))
-        blocks.append(stop)
+            return graph.assembly(places)

@@ -10,10 +10,9 @@ from derc import deployed, exporting, stitching
 from derc.artifacts import Array, Assembly, BlockRef, CutZoo, digest
 from derc.assembled import seeded
 from derc.exporting import Slicer
-from derc.ir import TensorType
+from derc.parts import parts
 from derc.pipeline import Context, code_version
-
-Shapes = Mapping[str, tuple[TensorType, TensorType]]
+from derc.stitch_latency import Shape
 
 
 @dataclass
@@ -25,7 +24,7 @@ class Slices:
 
     context: Context
     cuts: CutZoo
-    shapes: Shapes
+    shapes: Mapping[str, Shape]
     rewritten: dict[str, bytes] = field(default_factory=dict)
     _slicers: dict[str, Slicer] = field(default_factory=dict)
 
@@ -45,14 +44,13 @@ class Slices:
 
     def assembly(self, assembly: Assembly) -> bytes:
         """A whole network of float32 blocks, its stitches random."""
-        parts, before = list[bytes](), None
-        for block in assembly.blocks:
-            if before is not None and (before.donor != block.donor or before.last != block.first):
-                source = self.cuts.donors[before.donor].cuts[before.last].type
-                parts.append(self.stitch(stitching.key(source, self.cuts.donors[block.donor].cuts[block.first].type)))
-            parts.append(self.block(block))
-            before = block
-        return exporting.join(parts)
+        models = []
+        for part in parts(assembly, self.cuts.donors):
+            if isinstance(part.spec, BlockRef):
+                models.append(self.block(part.spec))
+            elif not part.free:
+                models.append(self.stitch(part.label))
+        return exporting.join(models)
 
     def rewrite(self, block: BlockRef, samples: list[Array]) -> None:
         """Add `block` of a lower precision, calibrated on `samples`; raises what the engine's rewrite does."""

@@ -8,16 +8,19 @@ from itertools import combinations
 import numpy as np
 
 from derc import stitching
-from derc.artifacts import Array, CutZoo, Latency, Partition
+from derc.artifacts import Array, CutId, CutZoo, Latency, Partition, StitchLosses
 from derc.ir import TensorType
+from derc.stitching import PLAIN, Form, Forms
 
-Shapes = dict[str, tuple[TensorType, TensorType]]
+Shape = tuple[TensorType, TensorType, Form]
+Shapes = dict[str, Shape]
 
 
 def stitch_shapes(cut_zoo: CutZoo, partition: Partition) -> Shapes:
-    """The distinct (source, target) types of all stitches that an assembly may need, by `stitching.key`.
+    """The distinct (source, target, form) of all stitches that an assembly may need, by `stitching.key`.
 
-    A stitch leads from the end of a block to the start of any block of a later set, unless one donor just goes on.
+    A stitch leads from the end of a block to the start of any block of a later set, unless one donor just goes on. One
+    that does nothing is not among them.
     """
     blocks = [block for chain in partition.blocks.values() for block in chain]
     shapes: Shapes = {}
@@ -27,8 +30,26 @@ def stitch_shapes(cut_zoo: CutZoo, partition: Partition) -> Shapes:
             target = cut_zoo.donors[after.donor].cuts[after.first].type
             goes_on = before.donor == after.donor and before.last >= after.first
             if after.set > before.set and not goes_on and stitching.keeps_places(source, target):
-                shapes[stitching.key(source, target)] = (source, target)
+                places = CutId(before.donor, before.last), CutId(after.donor, after.first)
+                one, other = map(StitchLosses.name, places)
+                _add(shapes, source, target, partition.forms.get(one, {}).get(other, PLAIN))
     return shapes
+
+
+def formed(cuts: CutZoo, forms: Forms) -> Shapes:
+    """The same of the stitches that `forms` names."""
+    shapes: Shapes = {}
+    for one, others in forms.items():
+        for other, form in others.items():
+            given, taken = map(StitchLosses.cut, (one, other))
+            ends = (cuts.donors[cut.donor].cuts[cut.cut].type for cut in (given, taken))
+            _add(shapes, next(ends), next(ends), form)
+    return shapes
+
+
+def _add(shapes: Shapes, source: TensorType, target: TensorType, form: Form) -> None:
+    if not stitching.free(source, target, form):
+        shapes[stitching.key(source, target, form)] = (source, target, form)
 
 
 def spread(shapes: Shapes, count: int) -> list[str]:
@@ -83,7 +104,7 @@ def fit(rows: Array, times: Array) -> Array:
     return best
 
 
-def _features(source: TensorType, target: TensorType) -> Array:
+def _features(source: TensorType, target: TensorType, form: Form = PLAIN) -> Array:
     """(1, mega-MACs, megabytes in and out) of one stitch, for one image."""
-    macs = stitching.cost(source, target).macs
-    return np.array([1.0, macs / 1e6, 4 * (source.numel + target.numel) / 1e6])
+    macs = stitching.cost(source, target, form).macs
+    return np.array([1.0, macs / 1e6, 4 * stitching.moved(source, target, form) / 1e6])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from derc.ir import Layout, TensorType
-from derc.stitching import common_grids
+from derc.stitching import PLAIN, Form, common_grids
 
 STRENGTHS = (1e-4, 1e-2, 1.0)
 """Ridge penalties tried, as shares of the mean squared feature."""
@@ -29,17 +29,31 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Place:
-    """A cut's value as rows of a `coarse` grid: it is read as `fine` and averaged by area."""
+    """A cut's value as rows of a `coarse` grid: it is read as `fine` and regridded as a stitch does."""
 
     fine: Grid
     coarse: Grid
+    regrid: str = "mean"
+
+    def shrink(self, grid: torch.Tensor) -> torch.Tensor:
+        """(n, channels, *fine) on the coarse grid."""
+        if self.regrid == "strided":
+            return grid[:, :, :: self.fine[0] // self.coarse[0], :: self.fine[1] // self.coarse[1]]
+        if self.regrid == "bilinear":
+            return F.interpolate(grid, size=self.coarse, mode="bilinear", align_corners=False)
+        return F.adaptive_avg_pool2d(grid, self.coarse)
 
 
-def places(source: TensorType, target: TensorType) -> tuple[Place, Place]:
-    """Where a stitch's linear map runs: on the coarser of both grids, along each axis."""
+def places(source: TensorType, target: TensorType, regrid: str = "mean") -> tuple[Place, Place]:
+    """Where a stitch's map runs: on the coarser of both grids, along each axis."""
     one, other = common_grids(source, target)
     coarse = min(one[0], other[0]), min(one[1], other[1])
-    return Place(one, coarse), Place(other, coarse)
+    return Place(one, coarse, regrid), Place(other, coarse)
+
+
+def tokens(value: torch.Tensor, kind: TensorType) -> torch.Tensor | None:
+    """A batch's class and register tokens, (n, prefix, channels), None where there are none."""
+    return value[:, : kind.prefix] if kind.prefix else None
 
 
 def maps(value: torch.Tensor, kind: TensorType) -> torch.Tensor:
@@ -73,15 +87,18 @@ class Sample:
     images: int
     rows: list[torch.Tensor] = field(default_factory=list)
     held: list[torch.Tensor] = field(default_factory=list)
+    tokens: list[torch.Tensor] = field(default_factory=list)
     within: float = 0.0
     seen: int = 0
 
-    def add(self, positions: torch.Tensor) -> None:
-        """Take a batch's (n, positions, channels)."""
+    def add(self, positions: torch.Tensor, prefix: torch.Tensor | None = None) -> None:
+        """Take a batch's (n, positions, channels), and its class and register tokens (n, prefix, channels) if any."""
+        if prefix is not None:
+            self.tokens.append(prefix.double())
         grid = positions.double().transpose(1, 2).reshape(len(positions), -1, *self.place.fine)
         if self.place.coarse != self.place.fine:
             whole = float(grid.square().mean((2, 3)).sum())
-            grid = F.adaptive_avg_pool2d(grid, self.place.coarse)
+            grid = self.place.shrink(grid)
             self.within += max(0.0, whole - float(grid.square().mean((2, 3)).sum()))
         cells = grid.flatten(2).transpose(1, 2)
         chosen = picked(self.seen, len(cells), cells.shape[1], max(1, ROWS // self.images))
@@ -97,10 +114,79 @@ class Sample:
         return torch.cat(self.rows)
 
     @cached_property
+    def prefix(self) -> tuple[Sample, ...]:
+        """The class and register tokens, each as a sample of its own, in which every image is a row."""
+        if not self.tokens:
+            return ()
+        tokens = torch.cat(self.tokens)
+        held = torch.arange(len(tokens)) % HELD_BACK == HELD_BACK - 1
+        one = Place((1, 1), (1, 1))
+        return tuple(
+            Sample(one, self.images, [token[~held]], [token[held]], seen=len(token)) for token in tokens.unbind(1)
+        )
+
+    @cached_property
     def test(self) -> torch.Tensor:
         """(rows, channels) of the images that are held back; those of the fit where there is none."""
         held = torch.cat(self.held)
         return held if len(held) else self.fit
+
+
+@dataclass
+class Regressor:
+    """Regressions on one source's sample, of any targets in any forms."""
+
+    source: Sample
+
+    def left(self, target: Sample, forms: Sequence[Form]) -> list[float]:
+        """For each form's map, the share of the target's variance that is left on held-back images, in [0, 1].
+
+        The ridge penalty is the best one there. What positions differ by within a cell of the coarse grid is left, too.
+        Where each class and register token is made of its own one alone, it is at least what is left of any of them: an
+        answer may hang on one of them, of which the positions say little.
+        """
+        return [self._left(target, form) for form in forms]
+
+    def _left(self, target: Sample, form: Form) -> float:
+        test = target.test
+        lost = target.within / target.seen
+        whole = max(lost + float(((test - test.mean(0)) ** 2).sum(1).mean()), 1e-12)
+        left = min(1.0, (lost + self._error(target, form)) / whole)
+        if form.map == "full":
+            return left
+        pairs = zip(self.source.prefix, target.prefix, strict=False)
+        return max([left, *(Regressor(own)._left(other, form) for own, other in pairs)])
+
+    def _error(self, target: Sample, form: Form) -> float:
+        """Mean squared error of a row on held-back images."""
+        if form.map == "full":
+            return self._ridge(target)
+        x, y = self.source.fit, target.fit
+        scale, shift = torch.ones(1, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)
+        if form.map == "affine":
+            spread = x - x.mean(0)
+            scale = (spread * y).sum(0) / spread.square().sum(0).clamp_min(1e-12)
+            shift = y.mean(0) - scale * x.mean(0)
+        return float((self.source.test * scale + shift - target.test).square().sum(1).mean())
+
+    @cached_property
+    def _turned(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows to fit to and rows held back in the axes in which the former's features are uncorrelated; their sums."""
+        mean = self.source.fit.mean(0)
+        x, x_test = self.source.fit - mean, self.source.test - mean
+        spectrum, vectors = torch.linalg.eigh(x.T @ x)
+        return x @ vectors, x_test @ vectors, spectrum.clamp_min(0)
+
+    def _ridge(self, target: Sample) -> float:
+        turned, tested, spectrum = self._turned
+        size = spectrum.mean().clamp_min(1e-12)
+        middle = target.fit.mean(0)
+        products, wanted = turned.T @ (target.fit - middle), target.test - middle
+        errors = []
+        for strength in STRENGTHS:
+            missed = wanted - tested @ (products / (spectrum + strength * size)[:, None])
+            errors.append(float((missed * missed).sum(1).mean()))
+        return min(errors)
 
 
 def unexplained(source: Sample, targets: Sequence[Sample]) -> list[float]:
@@ -108,27 +194,8 @@ def unexplained(source: Sample, targets: Sequence[Sample]) -> list[float]:
 
     What a target's positions differ by within a cell of the coarse grid is left, too.
     """
-    x, x_test = source.fit, source.test
-    mean = x.mean(0)
-    x, x_test = x - mean, x_test - mean
-    spectrum, vectors = torch.linalg.eigh(x.T @ x)
-    spectrum = spectrum.clamp_min(0)
-    size = spectrum.mean().clamp_min(1e-12)
-    turned, tested = x @ vectors, x_test @ vectors
-    found = []
-    for target in targets:
-        y, y_test = target.fit, target.test
-        middle = y.mean(0)
-        products = turned.T @ (y - middle)
-        variance = float(((y_test - y_test.mean(0)) ** 2).sum(1).mean())
-        errors = []
-        for strength in STRENGTHS:
-            left = y_test - middle - tested @ (products / (spectrum + strength * size)[:, None])
-            errors.append(float((left * left).sum(1).mean()))
-        lost = target.within / target.seen
-        whole = max(lost + variance, 1e-12)
-        found.append(float(min(1.0, (lost + min(errors)) / whole)))
-    return found
+    regressor = Regressor(source)
+    return [regressor.left(target, [PLAIN])[0] for target in targets]
 
 
 def blurred(value: torch.Tensor, kind: TensorType, share: float, generator: torch.Generator) -> torch.Tensor:

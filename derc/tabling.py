@@ -11,17 +11,14 @@ from derc.artifacts import CutZoo, LatencyTable, Partition
 from derc.deployed import donor_model, exportable
 from derc.devices import describe_machine
 from derc.exporting import Slicer
-from derc.ir import TensorType
 from derc.measure import MeasureOptions
 from derc.passes.profile import Profile
 from derc.pipeline import Context
 from derc.recorded import Foreseen, Wanted
 from derc.shelf import Shelf
-from derc.stitch_latency import stitch_shapes
+from derc.stitch_latency import Shape, stitch_shapes
 from derc.tables import TableFile, span
 from derc.workload import Work, slice_work, stitch_work
-
-Shapes = Mapping[str, tuple[TensorType, TensorType]]
 
 
 def table_file(
@@ -72,7 +69,7 @@ def foresee(context: Context, cuts: CutZoo, partition: Partition, precisions: It
     return replace(found, table=replace(found.table, failed={**found.table.failed, **failed}))
 
 
-def works(context: Context, cuts: CutZoo, blocks: Iterable[str], shapes: Shapes) -> dict[str, Work]:
+def works(context: Context, cuts: CutZoo, blocks: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, Work]:
     """Work of the donors of `blocks`, whole, of the blocks and of the stitches, by their names in a latency table."""
     spans: dict[str, list[tuple[str, int, int]]] = {}
     for block in blocks:
@@ -86,4 +83,5 @@ def works(context: Context, cuts: CutZoo, blocks: Iterable[str], shapes: Shapes)
             if (first, last) not in known:
                 known[first, last] = slice_work(slicer, (f"cut_{first}",), (f"cut_{last}",))
             found[name] = known[first, last]
-    return found | {key: stitch_work(*shape, context.target.batch) for key, shape in shapes.items()}
+    batch = context.target.batch
+    return found | {key: stitch_work(one, other, batch, form) for key, (one, other, form) in shapes.items()}

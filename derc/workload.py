@@ -11,6 +11,7 @@ import onnx
 from derc import stitching
 from derc.exporting import Slicer
 from derc.ir import TensorType
+from derc.stitching import PLAIN, Form
 
 FREE = frozenset(
     ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Shape", "Constant", "ConstantOfShape", "Dropout")
@@ -60,11 +61,13 @@ def slice_work(slicer: Slicer, inputs: tuple[str, ...], outputs: tuple[str, ...]
     return total(_node_work(node, shapes, weights) for node in model.graph.node)
 
 
-def stitch_work(source: TensorType, target: TensorType, batch: int = 1) -> Work:
+def stitch_work(source: TensorType, target: TensorType, batch: int = 1, form: Form = PLAIN) -> Work:
     """Work of the stitch between two types."""
-    cost = stitching.cost(source, target)
-    moved = batch * (source.numel + target.numel) + cost.params
-    return Work(kernels=STITCH_KERNELS, macs=batch * cost.macs, bytes=FLOAT_BYTES * moved)
+    if stitching.free(source, target, form):
+        return Work()
+    cost = stitching.cost(source, target, form)
+    moved = batch * stitching.moved(source, target, form) + cost.params
+    return Work(kernels=STITCH_KERNELS + (form.rank > 0), macs=batch * cost.macs, bytes=FLOAT_BYTES * moved)
 
 
 def total(works: Iterable[Work]) -> Work:

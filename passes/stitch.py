@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,63 +18,13 @@ from derc.errors import UsageError
 from derc.fronts import Step
 from derc.modules import Stitch
 from derc.pipeline import Context
+from derc.regression import STRENGTHS as STRENGTHS
+from derc.regression import Channels, Moments, ridge
 
-STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Ridge penalties tried, as shares of the mean squared feature."""
 HELD_BACK = 4
 """Every fourth batch chooses the penalty; batches are so small that there are as many."""
 NAMES = "the network in front", "the donor behind the stitch"
 """What errors call both sides of a stitch where donors' names are not known."""
-
-
-class Moments:
-    """Sums for the regression of targets (n, q) on features (n, p) with intercept, in float64."""
-
-    def __init__(self, features: int, targets: int) -> None:
-        self.xx = torch.zeros(features + 1, features + 1, dtype=torch.float64)
-        self.xy = torch.zeros(features + 1, targets, dtype=torch.float64)
-        self.yy = torch.zeros(targets, dtype=torch.float64)
-
-    def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
-        x = torch.cat([features.double(), torch.ones(len(features), 1, dtype=torch.float64)], 1)
-        y = targets.double()
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.yy += (y * y).sum(0)
-
-    def __add__(self, other: Moments) -> Moments:
-        total = Moments(len(self.xx) - 1, self.xy.shape[1])
-        total.xx, total.xy, total.yy = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy
-        return total
-
-    def centred(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """XᵀX (p, p) and XᵀY (p, q) around the means of features and targets, and these means."""
-        count = self.xx[-1, -1]
-        mean_x, mean_y = self.xx[:-1, -1] / count, self.xy[-1] / count
-        xx = self.xx[:-1, :-1] - count * torch.outer(mean_x, mean_x)
-        return xx, self.xy[:-1] - count * torch.outer(mean_x, mean_y), mean_x, mean_y
-
-    def solve(self, strength: float) -> torch.Tensor:
-        """(p + 1, q) coefficients; the intercept is not penalised. (XᵀX + λI)⁻¹ XᵀY around the means."""
-        xx, xy, mean_x, mean_y = self.centred()
-        penalty = strength * xx.diagonal().mean().clamp_min(1e-12)
-        weight = torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=torch.float64), xy)
-        return torch.cat([weight, (mean_y - mean_x @ weight)[None]])
-
-    def unexplained(self, coefficients: torch.Tensor) -> float:
-        """Share of the targets' variance that `coefficients` leave, on these sums."""
-        cross = (coefficients * self.xy).sum()
-        square = (coefficients * (self.xx @ coefficients)).sum()
-        count = self.xx[-1, -1]
-        variance = self.yy.sum() - (self.xy[-1] ** 2).sum() / count
-        return float((self.yy.sum() - 2 * cross + square) / variance.clamp_min(1e-12))
-
-
-def ridge(fit: Moments, held: Moments) -> tuple[torch.Tensor, float]:
-    """Coefficients at the penalty that is best on `held`, refitted on everything, and the share unexplained there."""
-    errors = [(held.unexplained(fit.solve(strength)), strength) for strength in STRENGTHS]
-    error, strength = min(errors)
-    return (fit + held).solve(strength), error
 
 
 @dataclass(frozen=True)
@@ -131,8 +81,7 @@ class FitStitches:
 
         Raises UsageError, with the donor's name of `names`, where activations are not finite.
         """
-        body: list[Moments] = []
-        prefix: list[Moments] = []
+        body, prefix = _Rows(stitch), _Rows(stitch)
         for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
             for value, name in zip((source, target), names, strict=True):
                 if not torch.isfinite(value).all():
@@ -140,29 +89,69 @@ class FitStitches:
                         f"{name} gives values that are not finite, so no stitch can be fitted: leave it out"
                     )
             held = number % HELD_BACK == HELD_BACK - 1
-            _accumulate(body, held, *body_rows(stitch, source, target))
-            if stitch.prefix is not None:
-                _accumulate(prefix, held, stitch.split(source)[1], target[:, : stitch.target_prefix].flatten(1))
+            body.add(held, *body_rows(stitch, source, target))
+            if stitch.target_prefix:
+                prefix.add(held, *prefix_rows(stitch, source, target))
+        if kind(stitch) != "full":
+            return _assign_channels(stitch, body, prefix)
+        assert stitch.linear is not None
         error = _assign(stitch.linear, body)
         if stitch.prefix is not None:
             _assign(stitch.prefix, prefix)
         return error
 
 
-def _accumulate(pair: list[Moments], held: bool, features: torch.Tensor, targets: torch.Tensor) -> None:
-    if not pair:
-        pair.extend(Moments(features.shape[1], targets.shape[1]) for _ in range(2))
-    pair[held].add(features, targets)
+def kind(stitch: Stitch) -> str:
+    """What its map is; a bundle of an earlier version knows the full one alone, and does not say so."""
+    return str(getattr(stitch, "kind", "full"))
 
 
-def _assign(linear: nn.Linear, pair: list[Moments]) -> float:
-    fit, held = pair
-    if held.xx[-1, -1] == 0:
-        held = fit
-    coefficients, error = ridge(fit, held)
+class _Rows:
+    """Sums of what a stitch's map, or its prefix tokens', is fitted to, and of what is held back."""
+
+    def __init__(self, stitch: Stitch) -> None:
+        self.sums = Moments if kind(stitch) == "full" else Channels
+        self.found: list[Any] = []
+
+    def add(self, held: bool, features: torch.Tensor, targets: torch.Tensor) -> None:
+        if not self.found:
+            self.found.extend(self.sums(features.shape[1], targets.shape[1]) for _ in range(2))
+        self.found[held].add(features, targets)
+
+    @property
+    def pair(self) -> tuple[Any, Any]:
+        """To fit to and held back; the former for both where nothing was held back."""
+        fit, held = self.found
+        return fit, held if held.count else fit
+
+
+def _assign(linear: nn.Linear, rows: _Rows) -> float:
+    coefficients, error = ridge(*rows.pair)
     linear.weight.copy_(coefficients[:-1].T)
     linear.bias.copy_(coefficients[-1])
     return error
+
+
+def _assign_channels(stitch: Stitch, body: _Rows, prefix: _Rows) -> float:
+    """Set scales and shifts, where there are any, of each prefix token and of the positions; the positions' error."""
+    fit, held = body.pair
+    if stitch.scale is None or stitch.shift is None:
+        own = torch.ones(fit.sums.shape[1], dtype=torch.float64)
+        return float(held.unexplained(torch.stack([own, 0 * own])))
+    for rows, place in ((prefix, slice(-1)), (body, slice(-1, None))):
+        if rows.found:
+            scale, shift = (rows.pair[0] + rows.pair[1]).solve()
+            stitch.scale[place] = scale.reshape(-1, stitch.scale.shape[1])
+            stitch.shift[place] = shift.reshape(-1, stitch.shift.shape[1])
+    return float(held.unexplained(fit.solve()))
+
+
+def prefix_rows(stitch: Stitch, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What prefix tokens are fitted on, and these tokens, as (images, values)."""
+    wanted = target[:, : stitch.target_prefix].flatten(1)
+    if kind(stitch) == "full":
+        return stitch.split(source)[1], wanted
+    return source[:, : stitch.target_prefix].flatten(1), wanted
 
 
 def body_rows(stitch: Stitch, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""stitchable: what a stitch between any two blocks will lose, from the donors alone."""
+"""stitchable: what form a stitch between any two blocks takes, and what it will lose, from the donors alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 
 from derc import fronts
 from derc.artifacts import BlockRef, CutId, CutZoo, Partition, StitchLosses, digest
+from derc.ir import TensorType
 from derc.pipeline import Context
-from derc.stitchability import Place, Sample, blurred, maps, places, unexplained
-from derc.stitching import keeps_places
+from derc.stitch_forms import MARGIN, decided, forms
+from derc.stitchability import Place, Regressor, Sample, blurred, maps, places, tokens
+from derc.stitching import PLAIN, REGRIDS, Form, Forms, keeps_places
 
 LEVELS = (0.03, 0.1, 0.2, 0.35, 0.55, 0.8, 1.0)
 """Shares of what is unexplained at which a donor is looked at."""
@@ -24,13 +26,18 @@ Pair = tuple[CutId, CutId]
 class Stitchable:
     """Between the partition's blocks: every stitch's regression on `most` probe images, donors' tolerance on `images`.
 
-    Of more than `pairs` pairs of cuts nothing is looked at, and the similarities have to do. Deterministic.
+    A stitch takes the form that `derc.stitch_forms` decides for, of those with one of `regrids` and of `maps`. Of more
+    than `pairs` pairs of cuts nothing is looked at, the similarities have to do, and all forms are the default.
+    Deterministic.
     """
 
     most: int = 512
     images: int = 64
     pairs: int = 100_000
     batch: int = 64
+    regrids: tuple[str, ...] = REGRIDS
+    maps: tuple[str, ...] = ("full",)
+    margin: float = MARGIN
     name: ClassVar[str] = "stitchable"
     produces: ClassVar[type] = StitchLosses
 
@@ -42,20 +49,50 @@ class Stitchable:
         if len(pairs) > self.pairs:
             context.console.say(f"{len(pairs)} pairs of cuts are too many to look at: similarity says what is alike")
             return StitchLosses((), {}, {})
-        samples = self._samples(context, cuts, partition, pairs)
-        left: dict[str, dict[str, float]] = defaultdict(dict)
-        for (given, place), targets in samples.by_source.items():
-            values = unexplained(samples.of[given, place], [samples.of[target] for target in targets])
-            for (taken, _), value in zip(targets, values, strict=True):
-                left[StitchLosses.name(given)][StitchLosses.name(taken)] = value
+        return self.decide(context, cuts, partition)[0]
+
+    def decide(
+        self, context: Context, cuts: CutZoo, partition: Partition
+    ) -> tuple[StitchLosses, dict[Pair, dict[Form, float]]]:
+        """The losses of all stitches in the forms that they take, and what each form of each leaves unexplained."""
+        pairs = stitched_pairs(cuts, partition)
         ends = sorted({taken for _, taken in pairs}, key=lambda cut: (cut.donor, cut.cut))
         agreement = {StitchLosses.name(cut): self._agreement(context, cut) for cut in ends}
-        return StitchLosses(LEVELS, dict(left), agreement)
+        unexplained: dict[str, dict[str, float]] = defaultdict(dict)
+        forms: Forms = defaultdict(dict)
+        every = self._left(self._samples(context, cuts, partition, pairs))
+        for (given, taken), left in every.items():
+            one, other = StitchLosses.name(given), StitchLosses.name(taken)
+            form = decided(*types(cuts, given, taken), left, LEVELS, agreement[other], self.margin)
+            unexplained[one][other] = left[form]
+            if form != PLAIN:
+                forms[one][other] = form
+        return StitchLosses(LEVELS, dict(unexplained), agreement, dict(forms)), every
+
+    def _left(self, samples: _Samples) -> dict[Pair, dict[Form, float]]:
+        """What each form of each stitch leaves unexplained."""
+        left: dict[Pair, dict[Form, float]] = {pair: {} for pair in samples.pairs}
+        for (given, place), targets in samples.by_source.items():
+            regressor = Regressor(samples.of[given, place])
+            for taken, other, some in targets:
+                found = regressor.left(samples.of[taken, other], some)
+                left[given, taken] |= dict(zip(some, found, strict=True))
+        return left
+
+    def _forms(self, source: TensorType, target: TensorType) -> dict[str, list[Form]]:
+        """The forms that are looked at, by regridding."""
+        found: dict[str, list[Form]] = defaultdict(list)
+        for form in forms(source, target):
+            if form.regrid in self.regrids and form.map in self.maps:
+                found[form.regrid].append(form)
+        return found
 
     def _samples(self, context: Context, cuts: CutZoo, partition: Partition, pairs: list[Pair]) -> _Samples:
         """One pass per donor over the probe images."""
         probe = context.data.probe.first(self.most)
-        samples = _Samples.of_pairs(cuts, pairs, len(probe))
+        samples = _Samples({}, {}, defaultdict(list))
+        for pair in pairs:
+            samples.add(pair, *types(cuts, *pair), self._forms(*types(cuts, *pair)), len(probe))
         for name in context.console.track(partition.blocks, "stitchable", len(partition.blocks)):
             chain = [fronts.block(context.lowered[name], block.plain) for block in partition.blocks[name]]
             for end, block in enumerate(partition.blocks[name][:-1], 1):
@@ -63,7 +100,7 @@ class Stitchable:
                 kind = cuts.donors[name].cuts[block.last].type
                 for value in context.fronts.run(probe, self.batch, chain[:end]) if wanted else ():
                     for sample in wanted:
-                        sample.add(maps(value, kind))
+                        sample.add(maps(value, kind), tokens(value, kind))
         return samples
 
     @torch.no_grad()
@@ -84,23 +121,31 @@ class Stitchable:
 
 @dataclass
 class _Samples:
-    """Rows of cuts at the places that their stitches need, and which targets each source has at a place."""
+    """Rows of cuts at the places that their stitches need, and which targets each source has there, in what forms."""
 
     of: dict[tuple[CutId, Place], Sample]
-    by_source: dict[tuple[CutId, Place], list[tuple[CutId, Place]]]
+    pairs: dict[Pair, None]
+    by_source: dict[tuple[CutId, Place], list[tuple[CutId, Place, list[Form]]]]
 
-    @classmethod
-    def of_pairs(cls, cuts: CutZoo, pairs: list[Pair], images: int) -> _Samples:
-        found = cls({}, defaultdict(list))
-        for given, taken in pairs:
-            one, other = places(*(cuts.donors[cut.donor].cuts[cut.cut].type for cut in (given, taken)))
+    def add(
+        self, pair: Pair, source: TensorType, target: TensorType, forms: dict[str, list[Form]], images: int
+    ) -> None:
+        self.pairs[pair] = None
+        given, taken = pair
+        for regrid, some in forms.items():
+            one, other = places(source, target, regrid)
             for key in ((given, one), (taken, other)):
-                found.of.setdefault(key, Sample(key[1], images))
-            found.by_source[given, one].append((taken, other))
-        return found
+                self.of.setdefault(key, Sample(key[1], images))
+            self.by_source[given, one].append((taken, other, some))
 
     def at(self, cut: CutId) -> list[Sample]:
         return [sample for (one, _), sample in self.of.items() if one == cut]
+
+
+def types(cuts: CutZoo, given: CutId, taken: CutId) -> tuple[TensorType, TensorType]:
+    """Those of two cuts."""
+    one, other = (cuts.donors[cut.donor].cuts[cut.cut].type for cut in (given, taken))
+    return one, other
 
 
 def stitched_pairs(cuts: CutZoo, partition: Partition) -> list[Pair]:
@@ -111,7 +156,6 @@ def stitched_pairs(cuts: CutZoo, partition: Partition) -> list[Pair]:
             for other in partition.blocks.values():
                 for taken in other[1:]:
                     one, two = CutId(given.donor, given.last), CutId(taken.donor, taken.first)
-                    types = [cuts.donors[cut.donor].cuts[cut.cut].type for cut in (one, two)]
-                    if taken.set > given.set and one != two and keeps_places(*types):
+                    if taken.set > given.set and one != two and keeps_places(*types(cuts, one, two)):
                         found[one, two] = None
     return list(found)

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise, product
 
 import numpy as np
 
 from derc import layered, stitching
-from derc.artifacts import Assembly, BlockRef, CutZoo, EmbeddedZoo, Evaluated, Knowledge, LatencyTable, Partition
+from derc.artifacts import (
+    Assembly,
+    BlockRef,
+    CutZoo,
+    EmbeddedZoo,
+    Evaluated,
+    Joint,
+    Knowledge,
+    LatencyTable,
+    Partition,
+)
 from derc.engine import PRECISIONS
 from derc.learnt import Learnt
 from derc.passes.partition import PartitionZoo, partition
 from derc.passes.select import Select
+from derc.stitching import MAPS, PLAIN, REGRIDS, Form
 from tests.zoos import latency, random_cuts, random_embedded, table_of
 
 NOTHING = Knowledge()
@@ -42,15 +54,39 @@ class Problem:
 
 
 def random_problem(
-    seed: int, sizes: tuple[int, ...], blocks: int = 3, *, accuracy: bool = True, lower: tuple[str, ...] = ()
+    seed: int,
+    sizes: tuple[int, ...],
+    blocks: int = 3,
+    *,
+    accuracy: bool = True,
+    lower: tuple[str, ...] = (),
+    formed: bool = False,
 ) -> Problem:
-    """`lower` precisions are there for four blocks of five, and one block of twenty could not be built at all."""
+    """`lower` precisions are there for four blocks of five, and one block of twenty could not be built at all.
+
+    Where it is `formed`, half of the stitches that may have another form than the default have one.
+    """
     random = np.random.default_rng(seed)
     cuts = random_cuts(seed, sizes)
     embedded = random_embedded(seed, cuts, accuracy=accuracy)
     found = partition(cuts, embedded, PartitionZoo(blocks=blocks, starts=4))
+    found = replace(found, forms=random_forms(seed, cuts, found)) if formed else found
     table = random_table(random, cuts, found)
     return Problem(cuts, embedded, found, with_precisions(random, found, table, lower) if lower else table)
+
+
+def random_forms(seed: int, cuts: CutZoo, found: Partition) -> dict[str, dict[str, Form]]:
+    random, blocks = np.random.default_rng(seed), [block for chain in found.blocks.values() for block in chain]
+    forms: dict[str, dict[str, Form]] = {}
+    for a, b in product(blocks, blocks):
+        source, target = cuts.donors[a.donor].cuts[a.last].type, cuts.donors[b.donor].cuts[b.first].type
+        if stitching.keeps_places(source, target) and (a.donor, a.last) != (b.donor, b.first):
+            every = (Form(regrid, kind) for regrid, kind in product(REGRIDS, MAPS))
+            legal = [form for form in every if form != PLAIN and not stitching.obstacle(source, target, form)]
+            if legal and random.random() < 0.5:
+                form = legal[random.integers(len(legal))]
+                forms.setdefault(f"{a.donor}:{a.last}", {})[f"{b.donor}:{b.first}"] = form
+    return forms
 
 
 def with_precisions(
@@ -79,7 +115,9 @@ def random_table(random: np.random.Generator, cuts: CutZoo, found: Partition) ->
             blocks[str(block)] = macs / 1e6 * float(random.uniform(0.8, 1.2))
         donors[name] = sum(blocks[str(block)] for block in chain) * float(random.uniform(0.8, 1.2))
     stitches = {
-        edge.stitch: float(random.uniform(0.05, 0.3)) for edge in layered.build(cuts, found).edges if edge.stitch
+        edge.stitch: float(random.uniform(0.05, 0.3))
+        for edge in layered.build(cuts, found).edges
+        if edge.stitch and not stitching.costs_nothing(edge.stitch)
     }
     return table_of(donors, blocks, stitches)
 
@@ -113,7 +151,7 @@ def legal(problem: Problem, options: Select) -> Iterator[Assembly]:
     def grow(prefix: tuple[BlockRef, ...]) -> Iterator[Assembly]:
         last = prefix[-1]
         if last.last == len(problem.cuts.donors[last.donor].units) and last.donor in heads:
-            yield Assembly(prefix)
+            yield with_joints(problem.partition, prefix)
         for block in blocks:
             if joins(last, block):
                 yield from grow((*prefix, block))
@@ -123,18 +161,26 @@ def legal(problem: Problem, options: Select) -> Iterator[Assembly]:
             yield from grow((block,))
 
 
+def with_joints(found: Partition, blocks: tuple[BlockRef, ...]) -> Assembly:
+    """The assembly of these blocks, with what the partition says of the stitches between them."""
+    forms = [found.forms.get(f"{a.donor}:{a.last}", {}).get(f"{b.donor}:{b.first}", PLAIN) for a, b in pairwise(blocks)]
+    plain = Assembly(blocks)
+    joints = [Joint(form=form) if stitched else None for form, stitched in zip(forms, plain.stitched, strict=True)]
+    return Assembly(blocks, (None, *joints)) if any(joint and joint.form != PLAIN for joint in joints) else plain
+
+
 def paths(learnt: Learnt) -> Iterator[Assembly]:
     """Every path of the layered graph."""
 
-    def grow(prefix: tuple[BlockRef, ...]) -> Iterator[Assembly]:
+    def grow(prefix: tuple[BlockRef, ...], edges: tuple[int, ...]) -> Iterator[Assembly]:
         for place in learnt.graph.leaving[prefix[-1] if prefix else None]:
             target = learnt.graph.edges[place].target
             if target is None:
-                yield Assembly(prefix)
+                yield learnt.graph.assembly((*edges, place))
             else:
-                yield from grow((*prefix, target))
+                yield from grow((*prefix, target), (*edges, place))
 
-    yield from grow(())
+    yield from grow((), ())
 
 
 def effective_latency(learnt: Learnt, options: Select, assembly: Assembly) -> float:

@@ -24,11 +24,12 @@ from tests.zoos import random_cuts
     heads=st.sampled_from([(), ("d0",)]),
     one_per_set=st.booleans(),
     lower=st.sampled_from([(), ("int8",), ("bf16", "int8")]),
+    formed=st.booleans(),
 )
 def test_paths_are_the_legal_assemblies(
-    seed: int, sizes: list[int], heads: tuple[str, ...], one_per_set: bool, lower: tuple[str, ...]
+    seed: int, sizes: list[int], heads: tuple[str, ...], one_per_set: bool, lower: tuple[str, ...], formed: bool
 ) -> None:
-    problem = random_problem(seed, tuple(sizes), lower=lower)
+    problem = random_problem(seed, tuple(sizes), lower=lower, formed=formed)
     options = Select(heads=heads, one_per_set=one_per_set)
     found = set(paths(problem.learn(options)))
     assert found == set(legal(problem, options))
@@ -78,8 +79,9 @@ def test_an_intact_donor_costs_what_the_donor_costs() -> None:
         assert costs["macs"] == sum(unit.macs for unit in donor.units)
 
 
-def test_path_and_assembly_are_inverse() -> None:
-    problem = random_problem(5, (4, 4, 4))
+@pytest.mark.parametrize("formed", [False, True])
+def test_path_and_assembly_are_inverse(formed: bool) -> None:
+    problem = random_problem(5, (4, 4, 4), formed=formed)
     learnt = problem.learn(Select())
     for assembly in paths(learnt):
         path = learnt.graph.path(assembly)

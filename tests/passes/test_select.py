@@ -84,6 +84,7 @@ def enumerate_top(learnt: Learnt, options: Select) -> list[float]:
     lower=st.sampled_from([(), ("int8",), ("fp16", "int8")]),
     least=st.sampled_from([0.0, 0.5, 0.9]),
     longest=st.sampled_from([None, 1, 2]),
+    formed=st.booleans(),
 )
 def test_against_enumeration(
     solver: Solver,
@@ -96,8 +97,9 @@ def test_against_enumeration(
     lower: tuple[str, ...],
     least: float,
     longest: int | None,
+    formed: bool,
 ) -> None:
-    problem = random_problem(seed, tuple(sizes), lower=lower)
+    problem = random_problem(seed, tuple(sizes), lower=lower, formed=formed)
     options = replace(options, max_blocks=longest)
     learnt = problem.learn(options, random_knowledge(seed, problem.learn(options), evaluated))
     assume(any(True for _ in paths(learnt)))
