@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cifarzoo
 from benchmarks.accuracy_figures import Row
 from benchmarks.accuracy_networks import BATCH, GRID, RATES
+from benchmarks.accuracy_world import NotComputedError
 from benchmarks.results import give, machine
 from benchmarks.transfer_figures import figures
 from benchmarks.transfer_tables import networks, spent, table
@@ -33,20 +35,28 @@ from benchmarks.transfer_world import TransferRound, open_world
 from derc.errors import DercError
 
 
-def measured(every: list[Task], work: Path) -> list[Row]:
+def measured(every: list[Task], work: Path, *, known: bool) -> list[Row]:
     """A row for each budget of a task and a seed at which a donor fits; each seed has all tasks before the next."""
     rows: list[Row] = []
     for seed in range(max(one.seeds for one in every)):
         for task in (one for one in every if seed < one.seeds):
-            start = time.perf_counter()
-            world = open_world(task, seed, work / f"{task.name}-{task.size.name}")
-            say(f"{task.name}, seed {seed}: heads and analysis", start)
-            for budget in world.budgets:
-                start = time.perf_counter()
-                row = TransferRound(world, seed).row(budget)
-                say(f"{task.name}, seed {seed}, {budget:g} M MACs", start)
-                rows += [named(task.name, row)] if row else []
+            with suppress(NotComputedError):
+                rows += measured_seed(task, seed, work / f"{task.name}-{task.size.name}", known=known)
     return sorted(rows, key=lambda row: ([one.name for one in every].index(row["task"]), row["m_macs"], row["seed"]))
+
+
+def measured_seed(task: Task, seed: int, folder: Path, *, known: bool) -> list[Row]:
+    """A seed's rows; where `known`, those alone that were computed before."""
+    start, rows = time.perf_counter(), list[Row]()
+    world = open_world(task, seed, folder, closed=known)
+    say(f"{task.name}, seed {seed}: heads and analysis", start)
+    for budget in world.budgets:
+        start = time.perf_counter()
+        with suppress(NotComputedError):
+            row = TransferRound(world, seed).row(budget)
+            rows += [named(task.name, row)] if row else []
+        say(f"{task.name}, seed {seed}, {budget:g} M MACs", start)
+    return rows
 
 
 def say(what: str, start: float) -> None:
@@ -78,9 +88,12 @@ def protocol(every: list[Task], seconds: float) -> dict[str, Any]:
 @click.option("--quick", is_flag=True, help="Fewer donors and images, one budget and seed; the same comparisons.")
 @click.option("--zoo-dir", type=click.Path(path_type=Path), help="Folder with zoo/ and data/; or DERC_SHARED.")
 @click.option("--task", "only", multiple=True, type=click.Choice(list(FULL)), help="This one alone; may be repeated.")
+@click.option("--known", is_flag=True, help="Report what the work folder has, compute nothing.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("out/transfer"), show_default=True)
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write machine, protocol, rows and figures.")
-def main(quick: bool, zoo_dir: Path | None, only: tuple[str, ...], work: Path, output: Path | None) -> None:
+def main(
+    quick: bool, zoo_dir: Path | None, only: tuple[str, ...], known: bool, work: Path, output: Path | None
+) -> None:
     """Compare what derc assembles for labels that no donor knows with everything else, and print the tables."""
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -89,7 +102,7 @@ def main(quick: bool, zoo_dir: Path | None, only: tuple[str, ...], work: Path, o
         every = tasks(cifarzoo.shared(zoo_dir), work, plans)
         if not every:
             raise click.UsageError("give --zoo-dir, the folder with zoo/ and data/: these tasks need it")
-        rows = measured(every, work)
+        rows = measured(every, work, known=known)
     except DercError as error:
         raise click.ClickException(str(error)) from error
     print(table(rows), networks(rows), spent(rows), sep="\n\n")

@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.accuracy_choices import INTACT, kept
 from benchmarks.accuracy_networks import Net, stitched_net
 from benchmarks.accuracy_rounds import Round
-from benchmarks.accuracy_world import Work, World, analysed, on_one_thread
+from benchmarks.accuracy_world import NotComputedError, Work, World, analysed, on_one_thread
 from benchmarks.contexts import open_context
 from benchmarks.transfer_tasks import Task
 from derc import layered
@@ -30,9 +30,14 @@ from derc.workspace import NEGLIGIBLE, LiveDonors
 from derc.zoo import Zoo
 
 
-def open_world(task: Task, seed: int, folder: Path) -> World:
-    """Fit the heads and analyse the zoo, or take both from the work folder."""
-    work, data, timings = Work(folder / str(seed)), task.data(seed), Timings()
+def open_world(task: Task, seed: int, folder: Path, *, closed: bool = False) -> World:
+    """Fit the heads and analyse the zoo, or take both from the work folder.
+
+    With `closed` nothing is made: NotComputedError is raised where the folder does not have it.
+    """
+    work, data, timings = Work(folder / str(seed), closed), task.data(seed), Timings()
+    if closed and not (work.folder / "artifacts" / "partition.json").is_file():
+        raise NotComputedError(f"{task.name}, seed {seed}")
     bare = on_one_thread(open_context(task.zoo, data, seed), LiveDonors(task.zoo, NEGLIGIBLE), work)
     zoo = headed(task.zoo, work.artifact("heads", DonorHeads, lambda: fitted(bare, timings)), data.classes or ())
     live = LiveDonors(zoo, NEGLIGIBLE)
