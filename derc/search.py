@@ -172,18 +172,32 @@ class Search:
     def _fitted(self, assembly: Assembly, reference: Consensus, watch: Timings) -> StitchedAssembly:
         """The network of an assembly in float32: stitches, batch norms and head of its own, as far as it needs them."""
         fitted = execute(FitStitches(), self.context, assembly, timings=watch)
-        own = self.context.zoo[assembly.blocks[-1].donor].head is not None
-        if not assembly.intact:
-            found = execute(Recalibrate(), self.context, fitted, reference, timings=watch)
-            return execute(RefitHead(), self.context, found, timings=watch) if own else found
-        if self.context.objective != "accuracy" or self.context.data.validation.labels is None:
+        if assembly.intact and not self._known_answers:
             return fitted
-        found = execute(Recalibrate(), self.context, fitted, reference, timings=watch)
+        if sum(assembly.stitched) == 1:
+            return self._headed(execute(Recalibrate(), self.context, fitted, reference, timings=watch), watch)
+        if assembly.intact:
+            found = execute(Recalibrate(), self.context, fitted, reference, timings=watch)
+        else:
+            found = execute(FitStitches(norms=True), self.context, assembly, timings=watch)
+            fitted = self._headed(fitted, watch)
         if not any(found.buffers):
             return fitted
-        found = execute(RefitHead(), self.context, found, timings=watch) if own else found
+        found = self._headed(found, watch)
         new, old = (execute(Score(), self.context, one, reference, timings=watch) for one in (found, fitted))
-        return found if new.beats(old) else fitted
+        better = new.beats(old) if assembly.intact else new.accuracy > old.accuracy
+        return found if better else fitted
+
+    def _headed(self, stitched: StitchedAssembly, watch: Timings) -> StitchedAssembly:
+        """With a head of its own where its last donor's was fitted."""
+        if self.context.zoo[stitched.assembly.blocks[-1].donor].head is None:
+            return stitched
+        return execute(RefitHead(), self.context, stitched, timings=watch)
+
+    @property
+    def _known_answers(self) -> bool:
+        """Whether validation images say what is right, and that is what counts."""
+        return self.context.objective == "accuracy" and self.context.data.validation.labels is not None
 
     def _tell_few(self, proposals: list[Proposal]) -> None:
         """Say once that there are few images for what is now fitted."""

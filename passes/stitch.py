@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from derc import fronts
 from derc.artifacts import Array, Assembly, StitchedAssembly, digest
-from derc.assembled import new_stitch
+from derc.assembled import new_stitch, with_buffers
+from derc.batchnorm import reestimated
 from derc.data import Split
-from derc.errors import UsageError
+from derc.fitting import HELD_BACK, NAMES, fit
+from derc.fitting import body_rows as body_rows
 from derc.fronts import Step
 from derc.modules import Stitch
 from derc.pipeline import Context
 from derc.regression import STRENGTHS as STRENGTHS
-from derc.regression import Channels, Moments, ridge
-
-HELD_BACK = 4
-"""Every fourth batch chooses the penalty; batches are so small that there are as many."""
-NAMES = "the network in front", "the donor behind the stitch"
-"""What errors call both sides of a stitch where donors' names are not known."""
+from derc.regression import Moments as Moments
+from derc.regression import ridge as ridge
 
 
 @dataclass(frozen=True)
 class FitStitches:
     """Fits an assembly's stitches in order, each on what the network before it really gives.
 
-    Images go through in batches of at most `batch`.
+    With `norms`, the batch norms of all blocks behind the first stitch have statistics that are estimated anew on what
+    the stitches give, and each stitch is fitted on what the blocks before it give with these; not from fewer than
+    `least` images. Images go through in batches of at most `batch`.
     """
 
     batch: int = 32
+    norms: bool = False
+    least: int = 64
     name: ClassVar[str] = "stitch"
     produces: ClassVar[type] = StitchedAssembly
 
@@ -44,19 +47,32 @@ class FitStitches:
     def run(self, context: Context, assembly: Assembly) -> StitchedAssembly:
         states: list[dict[str, Array]] = []
         residual: list[float] = []
+        buffers: list[dict[str, Array]] = []
         front: list[Step] = []
         run = partial(context.fronts.run, context.data.probe, self._size(context.data.probe))
-        for index, block in enumerate(assembly.blocks):
-            lowered = context.lowered[block.donor]
-            if index and assembly.stitched[index - 1]:
-                stitch = new_stitch(assembly, index, context.lowered)
+        for first, last in pieces(assembly):
+            block, lowered = assembly.blocks[first], context.lowered[assembly.blocks[first].donor]
+            if first:
+                stitch = new_stitch(assembly, first, context.lowered)
                 donor = fronts.block(lowered, replace(block, first=0, last=block.first))
-                names = f"donor {assembly.blocks[index - 1].donor}", f"donor {block.donor}"
+                names = f"donor {assembly.blocks[first - 1].donor}", f"donor {block.donor}"
                 residual.append(self.fit_to(stitch, run(front), run([donor]), names))
                 states.append({name: value.detach().numpy().copy() for name, value in stitch.state_dict().items()})
                 front.append(fronts.added(stitch))
-            front.append(fronts.block(lowered, block))
-        return StitchedAssembly(assembly, tuple(states), tuple(residual))
+            steps = [fronts.block(context.lowered[b.donor], b) for b in assembly.blocks[first:last]]
+            found = self._anew(context, steps, run(front)) if first else ({},) * len(steps)
+            front.extend(_with(step, one) for step, one in zip(steps, found, strict=True))
+            buffers.extend(found)
+        return StitchedAssembly(assembly, tuple(states), tuple(residual), None, tuple(buffers) if any(buffers) else ())
+
+    def _anew(
+        self, context: Context, steps: list[Step], inputs: Iterable[torch.Tensor]
+    ) -> tuple[dict[str, Array], ...]:
+        """What takes the place of these blocks' statistics; nothing where the probes are too few."""
+        if not self.norms or len(context.data.probe) < self.least:
+            return ({},) * len(steps)
+        enough = (x for x in inputs if len(x) > 1)
+        return reestimated([step.module for step in steps], enough, [True] * len(steps))
 
     def fit(
         self, stitch: Stitch, front: nn.Module, donor: nn.Module, probe: Split, names: tuple[str, str] = NAMES
@@ -69,7 +85,6 @@ class FitStitches:
     def _size(self, probe: Split) -> int:
         return max(1, min(self.batch, len(probe) // HELD_BACK))
 
-    @torch.no_grad()
     def fit_to(
         self,
         stitch: Stitch,
@@ -77,101 +92,15 @@ class FitStitches:
         targets: Iterable[torch.Tensor],
         names: tuple[str, str] = NAMES,
     ) -> float:
-        """Set `stitch` so that stitch(source) ≈ target in all batches; returns the share unexplained on held-back ones.
-
-        Raises UsageError, with the donor's name of `names`, where activations are not finite.
-        """
-        body, prefix = _Rows(stitch), _Rows(stitch)
-        for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            for value, name in zip((source, target), names, strict=True):
-                if not torch.isfinite(value).all():
-                    raise UsageError(
-                        f"{name} gives values that are not finite, so no stitch can be fitted: leave it out"
-                    )
-            held = number % HELD_BACK == HELD_BACK - 1
-            body.add(held, *body_rows(stitch, source, target))
-            if stitch.target_prefix:
-                prefix.add(held, *prefix_rows(stitch, source, target))
-        if kind(stitch) != "full":
-            return _assign_channels(stitch, body, prefix)
-        assert stitch.linear is not None
-        error = _assign(stitch.linear, body)
-        if stitch.prefix is not None:
-            _assign(stitch.prefix, prefix)
-        return error
+        """Set `stitch` so that stitch(source) ≈ target in all batches; see `derc.fitting.fit`."""
+        return fit(stitch, sources, targets, names)
 
 
-def kind(stitch: Stitch) -> str:
-    """What its map is; a bundle of an earlier version knows the full one alone, and does not say so."""
-    return str(getattr(stitch, "kind", "full"))
+def _with(step: Step, buffers: dict[str, Array]) -> Step:
+    return fronts.added(with_buffers(step.module, buffers)) if buffers else step
 
 
-class _Rows:
-    """Sums of what a stitch's map, or its prefix tokens', is fitted to, and of what is held back."""
-
-    def __init__(self, stitch: Stitch) -> None:
-        self.sums = Moments if kind(stitch) == "full" else Channels
-        self.found: list[Any] = []
-
-    def add(self, held: bool, features: torch.Tensor, targets: torch.Tensor) -> None:
-        if not self.found:
-            self.found.extend(self.sums(features.shape[1], targets.shape[1]) for _ in range(2))
-        self.found[held].add(features, targets)
-
-    @property
-    def pair(self) -> tuple[Any, Any]:
-        """To fit to and held back; the former for both where nothing was held back."""
-        fit, held = self.found
-        return fit, held if held.count else fit
-
-
-def _assign(linear: nn.Linear, rows: _Rows) -> float:
-    coefficients, error = ridge(*rows.pair)
-    linear.weight.copy_(coefficients[:-1].T)
-    linear.bias.copy_(coefficients[-1])
-    return error
-
-
-def _assign_channels(stitch: Stitch, body: _Rows, prefix: _Rows) -> float:
-    """Set scales and shifts, where there are any, of each prefix token and of the positions; the positions' error."""
-    fit, held = body.pair
-    if stitch.scale is None or stitch.shift is None:
-        own = torch.ones(fit.sums.shape[1], dtype=torch.float64)
-        return float(held.unexplained(torch.stack([own, 0 * own])))
-    for rows, place in ((prefix, slice(-1)), (body, slice(-1, None))):
-        if rows.found:
-            scale, shift = (rows.pair[0] + rows.pair[1]).solve()
-            stitch.scale[place] = scale.reshape(-1, stitch.scale.shape[1])
-            stitch.shift[place] = shift.reshape(-1, stitch.shift.shape[1])
-    return float(held.unexplained(fit.solve()))
-
-
-def prefix_rows(stitch: Stitch, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What prefix tokens are fitted on, and these tokens, as (images, values)."""
-    wanted = target[:, : stitch.target_prefix].flatten(1)
-    if kind(stitch) == "full":
-        return stitch.split(source)[1], wanted
-    return source[:, : stitch.target_prefix].flatten(1), wanted
-
-
-def body_rows(stitch: Stitch, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both activations as (rows, channels), a row for each image and position of the target's grid.
-
-    Regridding and the linear map commute, so this is the stitch's own least-squares problem.
-    """
-    x, _ = stitch.split(source)
-    if stitch.target_layout == "NC":
-        return x.mean((2, 3)), target
-    x = stitch.enlarge(stitch.shrink(x))
-    return x.permute(0, 2, 3, 1).flatten(0, 2), _positions(stitch, target)
-
-
-def _positions(stitch: Stitch, target: torch.Tensor) -> torch.Tensor:
-    """The target's positions, row by row, as (rows, channels)."""
-    match stitch.target_layout:
-        case "NCHW":
-            return target.permute(0, 2, 3, 1).flatten(0, 2)
-        case "NHWC":
-            return target.flatten(0, 2)
-        case _:
-            return target[:, stitch.target_prefix :].flatten(0, 1)
+def pieces(assembly: Assembly) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) of the blocks between stitches."""
+    begins = [0, *(place for place, stitched in enumerate(assembly.stitched, 1) if stitched), len(assembly.blocks)]
+    yield from itertools.pairwise(begins)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from benchmarks.contexts import open_context
-from derc import layered
+from derc import layered, stitching
 from derc.artifacts import Assembly, BlockRef, LatencyTable
 from derc.assembled import live
 from derc.compiler import analyse
@@ -149,3 +149,22 @@ def test_without_labels_a_donor_stays_as_it_came(context):
 def test_nothing_is_estimated_from_few_images(context, fitted):
     few = replace(context, data=replace(context.data, probe=context.data.probe.first(63)))
     assert recalibrated(few, fitted) is fitted
+
+
+def test_stitches_are_fitted_to_what_blocks_give_with_norms_of_their_own(context, fitted):
+    """In order: a stitch, the norms behind it, the next stitch."""
+    whole, plain = fitted.assembly, FitStitches()
+    found = replace(plain, norms=True).run(context, whole)
+    first = Recalibrate().run(context, replace(fitted, assembly=whole), Consult().run(context))
+    assert found.buffers[0] == {} and all(found.buffers[1:])
+    for name, value in fitted.states[0].items():
+        np.testing.assert_array_equal(found.states[0][name], value, err_msg=name)
+    for name, value in first.buffers[1].items():
+        np.testing.assert_allclose(found.buffers[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    network = live(found, context.lowered)
+    stitch = stitching.build(*(context.lowered[TAIL].cuts[cut].type for cut in (16, 17)))
+    plain.fit(stitch, nn.Sequential(*network.parts[:3]), context.lowered[TAIL].block(0, 17), context.data.probe)
+    for name, value in stitch.state_dict().items():
+        np.testing.assert_allclose(found.states[1][name], value.numpy(), rtol=1e-3, atol=1e-4, err_msg=name)
+    few = replace(context, data=replace(context.data, probe=context.data.probe.first(63)))
+    assert not replace(plain, norms=True).run(few, whole).buffers
