@@ -100,7 +100,7 @@ RECIPES = {
     ),
 }
 FAMILIES = PUBLIC | {name: recipe.family for name, recipe in RECIPES.items()}
-FULL = Size(tuple(FAMILIES), epochs=3, blocks=16)
+FULL = Size(tuple(FAMILIES), epochs=3, blocks=16, profile_s=150.0)
 QUICK = Size(
     ("akamaster_resnet20", "mlperftiny_resnet8", "own_mobilenet", "own_vit"),
     probe=128,
