@@ -22,7 +22,7 @@ from derc.refining import refine_these
 from derc.report.front import draw
 from derc.search import Judged
 from derc.summary import command_line
-from derc.sweep import Networks, hypervolume
+from derc.sweep import Networks, admitted, hypervolume
 from derc.tables import replace_file
 from derc.version import VERSION
 
@@ -53,6 +53,7 @@ def write_front(settings: CompileSettings, points: int, output: Path, console: C
     told = describe(found, settings)
     text = table(told)
     contents = (json.dumps(told, indent=1) + "\n", text + "\n", draw(told))
+    output.mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, contents, strict=True):
         replace_file(output / name, content)
     return told, text
@@ -61,12 +62,12 @@ def write_front(settings: CompileSettings, points: int, output: Path, console: C
 def describe(found: Sequence[Networks], settings: CompileSettings) -> dict[str, Any]:
     """The front over all engines, all that was evaluated, and what assemblies add to the intact donors."""
     rows = sorted(
-        (_row(one, a) for one in found for a in one.search.judged), key=lambda row: (row["ms"], -row["score"])
+        (_row(one, a) for one in found for a in admitted(one.search)), key=lambda row: (row["ms"], -row["score"])
     )
     best = -1.0
     for row in rows:
         row["front"], best = row["score"] > best, max(best, row["score"])
-    ends = [row["ms"] for row in rows if row["intact"]]
+    ends = [one.latency(a).ms for one in found for a in one.search.judged if a.intact]
     donors = [(row["ms"], row["score"]) for row in rows if row["intact"]]
     known = [row for row in rows if row["provenance"] == "measured"] or rows
     labelled = any(j.scores.labelled for j in found[0].search.judged.values())
@@ -141,8 +142,10 @@ def _check(output: Path) -> None:
     there = [name for name in FILES if (output / name).exists()]
     if there:
         raise UsageError(f"{output / there[0]} exists already: name another folder with -o, or remove it")
+    parent = output.absolute()
+    while not parent.exists():
+        parent = parent.parent
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(dir=output)).rmdir()
+        Path(tempfile.mkdtemp(prefix=".derc.", dir=parent)).rmdir()
     except OSError as error:
         raise UsageError(f"the front cannot be written to {output}: {error.strerror}") from error

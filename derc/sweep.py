@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from derc import deployed
 from derc.artifacts import Array, Assembly, Latency
 from derc.errors import DercError, InfeasibleError, UsageError
 from derc.measure import MeasureOptions, measure
-from derc.search import Search
+from derc.search import Judged, Search
 from derc.shipping import latency_of
 
 LOOKS = 4
@@ -47,14 +47,18 @@ def sweep(
     """Search within `points` budgets from the fastest donor's latency to the slowest's, `evaluations` more at each.
 
     What one budget has taught serves the next. Then the `contenders` are improved, and where the device is here, every
-    network of the front is measured whole.
+    network of the front is measured whole. Raises InfeasibleError where nothing meets the other budgets.
     """
-    budgets = grid(search, points)
+    budgets, refused = grid(search, points), None
     for place, budget in enumerate(budgets):
         search.select = replace(search.select, latency_ms=budget)
         search.evaluations = search.spent + evaluations // points + (place < evaluations % points)
-        with suppress(InfeasibleError):  # margins may leave nothing below the fastest donor
+        try:
             search.spend() if place else search.run()
+        except InfeasibleError as error:  # margins may leave nothing below the fastest donor
+            refused = error
+    if refused is not None and not admitted(search):
+        raise refused
     for _ in range(LOOKS):
         improve(search, contenders(search, budgets))
         best = front(search)
@@ -74,12 +78,17 @@ def grid(search: Search, points: int) -> tuple[float, ...]:
     return tuple(float(f"{budget:.6g}") for budget in np.geomspace(low, max(high, low), points))
 
 
+def admitted(search: Search) -> dict[Assembly, Judged]:
+    """The evaluated networks that meet the budgets beside latency's, which a sweep goes through."""
+    return {assembly: one for assembly, one in search.judged.items() if search.admits(one)}
+
+
 def front(search: Search) -> tuple[Assembly, ...]:
     """The evaluated networks that no other one is at least as fast and as good as, fastest first.
 
     Among equals in both the intact donor stays, then the one evaluated first.
     """
-    judged = search.judged
+    judged = admitted(search)
     order = sorted(judged, key=lambda a: (latency_of(search, judged[a]).ms, -judged[a].scores.value, not a.intact))
     kept, best = list[Assembly](), -np.inf
     for assembly in order:
@@ -92,7 +101,7 @@ def front(search: Search) -> tuple[Assembly, ...]:
 def contenders(search: Search, budgets: Sequence[float]) -> tuple[Assembly, ...]:
     """The front, and the best assembly within each of the budgets, for it may come to the front if it is improved."""
     found = dict.fromkeys(front(search))
-    others = [a for a in search.judged if not a.intact]
+    others = [a for a in admitted(search) if not a.intact]
     for budget in budgets:
         within = [a for a in others if latency_of(search, search.judged[a]).ms <= budget]
         if within:

@@ -66,6 +66,21 @@ def test_no_network_of_the_front_is_dominated_and_each_is_measured(front):
     assert len(told["budgets_ms"]) == 3 and told["budgets_ms"] == sorted(told["budgets_ms"])
 
 
+def test_the_front_keeps_to_the_other_budgets(front, compiled, tmp_path):
+    """Donors that are too large are neither on the front nor in the plot."""
+    params = {row["spans"]: row["params"] for row in front[0]["networks"] if row["intact"]}
+    limit = (max(params.values()) - 1) / 1e6
+    words = ("pareto", "--zoo", compiled[2], *FLAGS, "--points", 2, "--params-m", limit, "-o", tmp_path, "--json")
+    rows = json.loads(run(*words))["networks"]
+    assert rows and all(row["params"] <= limit * 1e6 for row in rows)
+    assert sum(row["intact"] for row in rows) == sum(count <= limit * 1e6 for count in params.values()) < len(params)
+    ElementTree.parse(tmp_path / "pareto.svg")
+    words = ("pareto", "--zoo", compiled[2], *FLAGS, "--points", "2", "--params-m", "1e-6", "-o", tmp_path / "none")
+    result = CliRunner().invoke(cli, [str(word) for word in words])
+    assert isinstance(result.exception, InfeasibleError) and "--params-m" in str(result.exception)
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_front_is_written_as_table_json_and_plot(front):
     told, folder = front
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)

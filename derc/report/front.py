@@ -68,7 +68,7 @@ def _stairs(x: Axis, y: Axis, rows: list[dict[str, Any]], kind: str) -> str:
             at = x.at(row["ms"])
             path += f"H{at}V{y.at(row['score'])}" if path else f"M{at} {y.at(row['score'])}"
             best = row["score"]
-    return f'<path class="{kind}" d="{path}H{FRAME.right}"/>'
+    return f'<path class="{kind}" d="{path}H{FRAME.right}"/>' if path else ""
 
 
 def _mark(x: Axis, y: Axis, row: Mapping[str, Any]) -> str:
