@@ -86,12 +86,13 @@ def _finite(x: torch.Tensor, who: str) -> torch.Tensor:
 class Learner:
     """The network from its first stitch on: `added` are trained, all else is frozen.
 
-    `tail` are (place in the assembly's blocks, or None for what derc adds, module); the last block ends before the
-    last unit where that is the head.
+    `tail` are (place in the assembly's blocks, or None for what derc adds, module). The last block, at place `last`,
+    ends before the last unit where that is the head.
     """
 
     tail: list[tuple[int | None, nn.Module]]
     head: nn.Module | None
+    last: int = 0
     buffers: dict[int, dict[str, Array]] = field(default_factory=dict)
 
     @property
@@ -118,8 +119,9 @@ class Learner:
 
     def with_statistics(self, buffers: Mapping[int, dict[str, Array]]) -> Learner:
         """The same network, sharing what is trained, with copies of the blocks that get `buffers` by their place."""
-        tail = [(p, m if p is None else with_buffers(m, buffers.get(p, {}))) for p, m in self.tail]
-        return replace(self, tail=tail, buffers={**self.buffers, **buffers})
+        tail = [(p, m if p is None else _own(m, buffers.get(p, {}))) for p, m in self.tail]
+        head = None if self.head is None else _own(self.head, buffers.get(self.last, {}))
+        return replace(self, tail=tail, head=head, buffers={**self.buffers, **buffers})
 
 
 @contextmanager
@@ -161,7 +163,7 @@ def learner(stitched: StitchedAssembly, lowered: Mapping[str, Lowered]) -> tuple
         elif block.first < block.last:
             tail.append((place, _own(donor.block(block.first, block.last), own)))
         place += 1
-    found = Learner(tail, head)
+    found = Learner(tail, head, len(assembly.blocks) - 1)
     if not any(p.requires_grad for module in found.added for p in module.parameters()):
         raise UsageError(f"{assembly} has no stitch with weights, so there is nothing to match")
     return tuple(front), found

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from derc.amounts import Amount
+from derc.artifacts import Array
 from derc.batchnorm import reestimated
 from derc.data import Split
 from derc.matching import Learner, Lesson, agreement, frozen, loss
@@ -161,9 +162,14 @@ class Training:
         if count < LEAST_STATISTICS:
             return
         inputs = (self.lesson.inputs(self.train, part) for part in chunks(torch.arange(count)))
-        modules = [module for _, module in self.network.tail]
-        found = reestimated(modules, [x for x in inputs if len(x) > 1], [p is not None for p, _ in self.network.tail])
-        buffers = {place: one for (place, _), one in zip(self.network.tail, found, strict=True) if place is not None}
+        network = self.network
+        rows = [*network.tail, *([(network.last, network.head)] if network.head is not None else [])]
+        known = [place is not None for place, _ in rows]
+        found = reestimated([module for _, module in rows], [x for x in inputs if len(x) > 1], known)
+        buffers: dict[int, dict[str, Array]] = {}
+        for (place, _), one in zip(rows, found, strict=True):
+            if place is not None:
+                buffers[place] = buffers.get(place, {}) | one
         if not any(buffers.values()):
             return
         other = self.network.with_statistics({place: one for place, one in buffers.items() if one})

@@ -352,3 +352,6 @@ def test_it_goes_on_from_recalibrated_norms_in_the_unit_of_the_head_too(context)
     answers = [logits(network, split).argmax(1) for network in (live(found, context.lowered), slim.program)]
     share = float((answers[0] == answers[1]).float().mean())
     assert Match(images=32).run(context, found).before == pytest.approx(share)
+    anew = Match(images=32).run(context, fitted)
+    assert anew.statistics and anew.after > anew.before
+    assert any(name in slim.block(last - 1, last).state_dict() for name in anew.stitched.buffers[1])
