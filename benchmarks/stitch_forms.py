@@ -45,7 +45,7 @@ from derc.passes.stitchable import LEVELS, Pair, Stitchable, types
 from derc.pipeline import Context
 from derc.slices import Slices
 from derc.stitch_forms import NEEDED, expected
-from derc.stitching import MAPS, PLAIN, Form, free, key
+from derc.stitching import PLAIN, Form, free, key
 from derc.zoo import Zoo
 
 VALIDATION = 1000
@@ -71,7 +71,7 @@ class World:
         cuts = CutDonors().run(context, Lower().run(context))
         partition = PartitionZoo(blocks=blocks).run(context, cuts, Embed().run(context, cuts))
         started = time.perf_counter()
-        losses, left = Stitchable(maps=MAPS).decide(context, cuts, partition)
+        losses, left = Stitchable().decide(context, cuts, partition)
         seconds, heads = time.perf_counter() - started, context.data.task_donors(context.zoo)
         return cls(context, cuts, partition, Consult().run(context), heads, left, losses, seconds)
 

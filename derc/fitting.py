@@ -10,7 +10,7 @@ from torch import nn
 
 from derc.errors import UsageError
 from derc.modules import Stitch
-from derc.regression import Channels, Moments, ridge
+from derc.regression import Channels, Moments, low_rank, ridge
 
 HELD_BACK = 4
 """Every fourth batch chooses the penalty; batches are so small that there are as many."""
@@ -41,7 +41,8 @@ def fit(
     if kind(stitch) != "full":
         return _assign_channels(stitch, body, prefix)
     assert stitch.linear is not None
-    error = _assign(stitch.linear, body)
+    inner = getattr(stitch, "inner", None)
+    error = _assign(stitch.linear, body) if inner is None else _assign_factors(inner, stitch.linear, body)
     if stitch.prefix is not None:
         _assign(stitch.prefix, prefix)
     return error
@@ -75,6 +76,13 @@ def _assign(linear: nn.Linear, rows: _Rows) -> float:
     coefficients, error = ridge(*rows.pair)
     linear.weight.copy_(coefficients[:-1].T)
     linear.bias.copy_(coefficients[-1])
+    return error
+
+
+def _assign_factors(inner: nn.Linear, linear: nn.Linear, rows: _Rows) -> float:
+    (down, up, intercept), error = low_rank(*rows.pair, inner.out_features)
+    for weights, found in ((inner.weight, down.T), (linear.weight, up.T), (linear.bias, intercept)):
+        weights.copy_(found)
     return error
 
 

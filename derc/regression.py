@@ -43,9 +43,20 @@ class Moments:
     def solve(self, strength: float) -> torch.Tensor:
         """(p + 1, q) coefficients; the intercept is not penalised. (XᵀX + λI)⁻¹ XᵀY around the means."""
         xx, xy, mean_x, mean_y = self.centred()
-        penalty = strength * xx.diagonal().mean().clamp_min(1e-12)
-        weight = torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=torch.float64), xy)
+        weight = torch.linalg.solve(penalised(xx, strength), xy)
         return torch.cat([weight, (mean_y - mean_x @ weight)[None]])
+
+    def factors(self, strength: float, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(p, rank) and (rank, q) coefficients, and the intercept (q): the best of this rank, penalised as in `solve`.
+
+        Reduced-rank ridge regression (Mukherjee and Zhu 2011): `solve`'s, in the directions that it explains most in.
+        """
+        xx, xy, mean_x, mean_y = self.centred()
+        root = torch.linalg.cholesky(penalised(xx, strength))
+        explained = torch.linalg.solve_triangular(root, xy, upper=False)
+        up = directions(explained, rank).T
+        down = torch.linalg.solve_triangular(root.T, explained @ up.T, upper=True)
+        return down, up, mean_y - mean_x @ down @ up
 
     def unexplained(self, coefficients: torch.Tensor) -> float:
         """Share of the targets' variance that `coefficients` leave, on these sums."""
@@ -90,6 +101,32 @@ class Channels:
         left = yy + scale**2 * xx + shift**2 * self.count + 2 * (scale * shift * x - scale * xy - shift * y)
         variance = (yy - y**2 / self.count).sum()
         return float(left.sum() / variance.clamp_min(1e-12))
+
+
+def penalised(xx: torch.Tensor, strength: float) -> torch.Tensor:
+    """XᵀX + λI, λ being `strength` times the mean squared feature."""
+    return xx + strength * xx.diagonal().mean().clamp_min(1e-12) * torch.eye(len(xx), dtype=xx.dtype)
+
+
+def directions(explained: torch.Tensor, rank: int) -> torch.Tensor:
+    """(q, rank), orthonormal: what the rows of `explained` (p, q) lie along most, the most of all last."""
+    rows, columns = explained.shape
+    narrow = explained if columns <= rows else explained.T
+    _, vectors = torch.linalg.eigh(narrow.T @ narrow)
+    found: torch.Tensor = vectors[:, -rank:]
+    if columns > rows:
+        found = torch.linalg.qr(narrow @ found)[0]
+    return found
+
+
+def low_rank(fit: Moments, held: Moments, rank: int) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], float]:
+    """As `ridge`, of the `rank`: `Moments.factors`, and the share unexplained."""
+    errors = []
+    for strength in STRENGTHS:
+        down, up, intercept = fit.factors(strength, rank)
+        errors.append((held.unexplained(torch.cat([down @ up, intercept[None]])), strength))
+    error, strength = min(errors)
+    return (fit + held).factors(strength, rank), error
 
 
 def ridge(fit: Moments, held: Moments) -> tuple[torch.Tensor, float]:

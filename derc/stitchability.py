@@ -8,7 +8,7 @@ told by what becomes of its answers when its own value is blurred as such a stit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from derc.ir import Layout, TensorType
+from derc.regression import directions
 from derc.stitching import PLAIN, Form, common_grids
 
 STRENGTHS = (1e-4, 1e-2, 1.0)
@@ -145,22 +146,21 @@ class Regressor:
         Where each class and register token is made of its own one alone, it is at least what is left of any of them: an
         answer may hang on one of them, of which the positions say little.
         """
-        return [self._left(target, form) for form in forms]
+        ranks = self._ridge(target, {form.rank for form in forms if form.map == "full"})
+        return [self._left(target, form, ranks) for form in forms]
 
-    def _left(self, target: Sample, form: Form) -> float:
+    def _left(self, target: Sample, form: Form, ranks: Mapping[int, float]) -> float:
         test = target.test
         lost = target.within / target.seen
         whole = max(lost + float(((test - test.mean(0)) ** 2).sum(1).mean()), 1e-12)
-        left = min(1.0, (lost + self._error(target, form)) / whole)
         if form.map == "full":
-            return left
+            return min(1.0, (lost + ranks[form.rank]) / whole)
+        left = min(1.0, (lost + self._alone(target, form)) / whole)
         pairs = zip(self.source.prefix, target.prefix, strict=False)
-        return max([left, *(Regressor(own)._left(other, form) for own, other in pairs)])
+        return max([left, *(Regressor(own)._left(other, form, {}) for own, other in pairs)])
 
-    def _error(self, target: Sample, form: Form) -> float:
-        """Mean squared error of a row on held-back images."""
-        if form.map == "full":
-            return self._ridge(target)
+    def _alone(self, target: Sample, form: Form) -> float:
+        """Mean squared error of a row on held-back images of a map of each channel for itself."""
         x, y = self.source.fit, target.fit
         scale, shift = torch.ones(1, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)
         if form.map == "affine":
@@ -177,7 +177,8 @@ class Regressor:
         spectrum, vectors = torch.linalg.eigh(x.T @ x)
         return x @ vectors, x_test @ vectors, spectrum.clamp_min(0)
 
-    def _ridge(self, target: Sample) -> float:
+    def _ridge(self, target: Sample, ranks: Set[int]) -> dict[int, float]:
+        """The same of linear maps of these ranks, 0: whole, at the penalty that is best for a whole one."""
         turned, tested, spectrum = self._turned
         size = spectrum.mean().clamp_min(1e-12)
         middle = target.fit.mean(0)
@@ -185,8 +186,16 @@ class Regressor:
         errors = []
         for strength in STRENGTHS:
             missed = wanted - tested @ (products / (spectrum + strength * size)[:, None])
-            errors.append(float((missed * missed).sum(1).mean()))
-        return min(errors)
+            errors.append((float((missed * missed).sum(1).mean()), strength))
+        best, strength = min(errors)
+        found, scales = {0: best}, (spectrum + strength * size).sqrt()[:, None]
+        every = directions(products / scales, max(ranks)) if max(ranks, default=0) else None
+        for rank in ranks - {0}:
+            assert every is not None
+            kept = every[:, -rank:]
+            missed = wanted - tested @ (products @ kept / scales**2) @ kept.T
+            found[rank] = float((missed * missed).sum(1).mean())
+        return found
 
 
 def unexplained(source: Sample, targets: Sequence[Sample]) -> list[float]:

@@ -48,6 +48,11 @@ class Form:
         return Form(regrid, mapped, ranks[0] if ranks else 0)
 
     @property
+    def linear(self) -> bool:
+        """Whether its map is a whole matrix."""
+        return self.map == "full" and not self.rank
+
+    @property
     def name(self) -> str:
         """What manifest and report call it."""
         return str(self) or "full"

@@ -8,14 +8,16 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from derc import fronts
 from derc.artifacts import BlockRef, CutId, CutZoo, Partition, StitchLosses, digest
+from derc.fitting import fit
 from derc.ir import TensorType
 from derc.pipeline import Context
 from derc.stitch_forms import MARGIN, decided, forms
 from derc.stitchability import Place, Regressor, Sample, blurred, maps, places, tokens
-from derc.stitching import PLAIN, REGRIDS, Form, Forms, keeps_places
+from derc.stitching import MAPS, PLAIN, REGRIDS, Form, Forms, build, keeps_places
 
 LEVELS = (0.03, 0.1, 0.2, 0.35, 0.55, 0.8, 1.0)
 """Shares of what is unexplained at which a donor is looked at."""
@@ -36,7 +38,7 @@ class Stitchable:
     pairs: int = 100_000
     batch: int = 64
     regrids: tuple[str, ...] = REGRIDS
-    maps: tuple[str, ...] = ("full",)
+    maps: tuple[str, ...] = MAPS
     margin: float = MARGIN
     name: ClassVar[str] = "stitchable"
     produces: ClassVar[type] = StitchLosses
@@ -63,7 +65,8 @@ class Stitchable:
         every = self._left(self._samples(context, cuts, partition, pairs))
         for (given, taken), left in every.items():
             one, other = StitchLosses.name(given), StitchLosses.name(taken)
-            form = decided(*types(cuts, given, taken), left, LEVELS, agreement[other], self.margin)
+            kept = partial(self._kept, context, given, taken)
+            form = decided(*types(cuts, given, taken), left, LEVELS, agreement[other], kept, self.margin)
             unexplained[one][other] = left[form]
             if form != PLAIN:
                 forms[one][other] = form
@@ -106,17 +109,44 @@ class Stitchable:
     @torch.no_grad()
     def _agreement(self, context: Context, cut: CutId) -> tuple[float, ...]:
         """For each level of what is unexplained, the share of images on which the donor's answer stays as it was."""
-        lowered, probe = context.lowered[cut.donor], context.data.probe.first(self.images)
-        before = fronts.block(lowered, BlockRef(cut.donor, 0, cut.cut, 0))
+        value, tail = self._value(context, cut), self._tail(context, cut)
+        kind, generator, own = context.lowered[cut.donor].cuts[cut.cut].type, torch.Generator(), tail.answers(value)
+        generator.manual_seed(0)
+        return tuple(tail.kept(blurred(value, kind, level, generator), own) for level in LEVELS)
+
+    @torch.no_grad()
+    def _kept(self, context: Context, given: CutId, taken: CutId, form: Form) -> float:
+        """The share of images on which the donor behind a stitch of this form, fitted on them, answers as it does."""
+        ends = [context.lowered[cut.donor].cuts[cut.cut].type for cut in (given, taken)]
+        stitch, tail = build(ends[0], ends[1], form), self._tail(context, taken)
+        source, target = self._value(context, given), self._value(context, taken)
+        fit(stitch, (source,), (target,), (f"donor {given.donor}", f"donor {taken.donor}"))
+        return tail.kept(stitch.eval()(source), tail.answers(target))
+
+    def _value(self, context: Context, cut: CutId) -> torch.Tensor:
+        """What the first images give at a cut."""
+        front = fronts.block(context.lowered[cut.donor], BlockRef(cut.donor, 0, cut.cut, 0))
+        return torch.cat(list(context.fronts.run(context.data.probe.first(self.images), self.batch, [front])))
+
+    def _tail(self, context: Context, cut: CutId) -> Tail:
+        lowered = context.lowered[cut.donor]
         rest = fronts.block(lowered, BlockRef(cut.donor, cut.cut, len(lowered.units), 0))
-        run = partial(context.fronts.run, probe, self.batch)
-        value, own = torch.cat(list(run([before]))), torch.cat(list(run([before, rest]))).argmax(1)
-        generator, found = torch.Generator().manual_seed(0), []
-        for level in LEVELS:
-            changed = blurred(value, lowered.cuts[cut.cut].type, level, generator)
-            answers = torch.cat([rest.module(part.clone()) for part in changed.split(self.batch)]).argmax(1)
-            found.append(float((answers == own).double().mean()))
-        return tuple(found)
+        return Tail(rest.module, self.batch)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """A donor from a cut on, which takes `batch` images at once."""
+
+    module: nn.Module
+    batch: int
+
+    def kept(self, value: torch.Tensor, own: torch.Tensor) -> float:
+        """The share of images on which its answer for `value` is its `own`."""
+        return float((self.answers(value) == own).double().mean())
+
+    def answers(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.module(part.clone()) for part in torch.split(value, self.batch)]).argmax(1)
 
 
 @dataclass

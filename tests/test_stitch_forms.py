@@ -24,18 +24,24 @@ from derc.emitted import realise
 from derc.errors import UsageError
 from derc.ir import Layout, TensorType
 from derc.modules import Stitch
+from derc.parts import check_joint
 from derc.passes.cut import CutDonors
 from derc.passes.lower import Lower
 from derc.passes.match import Match
 from derc.passes.recalibrate import Recalibrate
 from derc.passes.score import Consult
+from derc.passes.select import Select
 from derc.passes.stitch import FitStitches, body_rows
 from derc.printing import print_network
+from derc.recipe import read_recipe
+from derc.regression import Moments
 from derc.slices import Slices
-from derc.stitch_forms import decided, forms
+from derc.stitch_forms import decided, forms, ranks
 from derc.stitch_latency import stitch_shapes
+from derc.stitchability import Regressor, Sample, maps, places
 from derc.stitching import PLAIN, Form, cost
 from derc.workload import Work, stitch_work
+from tests.layers import paths, random_problem
 from tests.stitches import PAIRS, build, expected, formed, random_value, with_channels
 from tests.world import make_context
 
@@ -116,6 +122,55 @@ def test_fits_leave_what_numpy_leaves(form: Form) -> None:
     else:
         found = features[held]
     assert error == pytest.approx(np.square(found - wanted[held]).sum() / spread, rel=1e-3)
+
+
+@pytest.mark.parametrize(("channels", "width"), [(6, 9), (9, 6)])
+@pytest.mark.parametrize("count", [8, 400])
+def test_a_low_rank_is_the_best_of_its_rank(channels: int, width: int, count: int) -> None:
+    """By numpy: of ridge's answers, the penalty as rows of its own, only those along the first singular vectors."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((count, channels)) @ random.standard_normal((channels, channels)) + 3
+    y = x @ random.standard_normal((channels, width)) + random.standard_normal((count, width)) - 1
+    sums = Moments(channels, width)
+    sums.add(torch.from_numpy(x), torch.from_numpy(y))
+    centred, wanted = x - x.mean(0), y - y.mean(0)
+    penalty = 0.01 * np.square(centred).sum(0).mean()
+    design = np.concatenate([centred, penalty**0.5 * np.eye(channels)])
+    weight = np.linalg.lstsq(design, np.concatenate([wanted, np.zeros((channels, width))]), rcond=None)[0]
+    for rank in (1, 2, 5):
+        down, up, intercept = (part.numpy() for part in sums.factors(0.01, rank))
+        assert down.shape == (channels, rank)
+        along = np.linalg.svd(design @ weight)[2][:rank]
+        np.testing.assert_allclose(down @ up, weight @ along.T @ along, atol=1e-9)
+        np.testing.assert_allclose(intercept, y.mean(0) - x.mean(0) @ down @ up, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", [Form(rank=2), Form("strided", rank=1)])
+def test_a_stitch_of_low_rank_that_exists_is_found(form: Form) -> None:
+    source, target = TensorType((7, 4, 6), Layout.NCHW), TensorType((13, 5), Layout.NLC, prefix=1, grid=(4, 3))
+    target = target if form.regrid == "mean" else TensorType((2, 3, 5), Layout.NHWC)
+    truth, x = build(source, target, 1, form), random_value(source, 1, 80)
+    stitch = build(source, target, 2, form)
+    assert FitStitches().fit_to(stitch, x.split(10), truth(x).detach().split(10)) < 1e-9
+    torch.testing.assert_close(stitch(x), truth(x), atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_sample_leaves_is_what_the_fits_leave() -> None:
+    """Of every form, on the same images held back, where all positions are in the sample."""
+    source, target = TensorType((160, 2, 2), Layout.NCHW), TensorType((160, 2, 2), Layout.NCHW)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 160, 2, 2, generator=random).double() * torch.linspace(0.1, 2, 160)[:, None, None]
+    y = 0.7 * x + 0.1 * x.roll(1, 1) + 0.2 * torch.randn(256, 160, 2, 2, generator=random)
+    one, other = (Sample(place, 256) for place in places(source, target))
+    one.add(maps(x, source))
+    other.add(maps(y, target))
+    every = forms(source, target)
+    assert {form.rank for form in every} == {0, 20, 40}
+    found = dict(zip(every, Regressor(one).left(other, every), strict=True))
+    for form, left in found.items():
+        stitch = build(source, target, 0, form)
+        assert left == pytest.approx(FitStitches().fit_to(stitch, x.split(1), y.split(1)), rel=0.02), form
+    assert found[Form(rank=20)] > found[Form(rank=40)] > found[PLAIN]
 
 
 def test_a_channel_that_says_nothing_is_a_constant() -> None:
@@ -208,6 +263,7 @@ LEVELS, STEADY = (0.1, 0.5, 1.0), (0.9, 0.5, 0.1)
         ({PLAIN: 0.30, AFFINE: 0.3, IDENTITY: 0.304}, IDENTITY),
         ({PLAIN: 0.30, AFFINE: 0.3, IDENTITY: 0.31}, AFFINE),
         ({PLAIN: 0.30, STRIDED: 0.30}, PLAIN),
+        ({PLAIN: 0.30, Form(rank=1): 0.4, Form(rank=2): 0.304, AFFINE: 0.4}, Form(rank=2)),
     ],
 )
 def test_the_cheapest_form_that_does_as_well_is_taken(left: dict[Form, float], wanted: Form) -> None:
@@ -222,9 +278,23 @@ def test_a_donor_that_bears_it_takes_what_another_does_not() -> None:
     assert decided(KIND, KIND, left, LEVELS, (0.9, 0.8, 0.2), margin=0.06) == AFFINE
 
 
+def test_what_does_not_keep_the_answers_is_not_taken() -> None:
+    """Identity, then affine, are tried out where what they leave says that they do; a whole matrix is not."""
+    left, flat = {PLAIN: 0.30, STRIDED: 0.2, AFFINE: 0.2, IDENTITY: 0.2}, (0.97, 0.97, 0.97)
+    for really, wanted in (
+        ({IDENTITY: 0.97}, IDENTITY),
+        ({IDENTITY: 0.96, AFFINE: 0.966}, AFFINE),
+        ({IDENTITY: 0.96, AFFINE: 0.96}, STRIDED),
+    ):
+        assert decided(KIND, KIND, left, LEVELS, flat, really.__getitem__) == wanted
+    assert decided(KIND, KIND, left, LEVELS, (0.5, 0.5, 0.5), lambda _: 0.89) == STRIDED, "nearly all must stay"
+
+
 def test_what_may_be_looked_at() -> None:
     halved, third = replace(KIND, shape=(8, 3, 3)), replace(KIND, shape=(5, 2, 2))
     assert forms(KIND, KIND) == (PLAIN, AFFINE, IDENTITY)
+    assert ranks(128, 512) == (16, 32)
+    assert ranks(127, 512) == ()
     assert {form.regrid for form in forms(KIND, halved)} == {"mean", "strided"}, "bilinear is the mean where it halves"
     assert forms(KIND, third) == (PLAIN, STRIDED, Form("bilinear"))
     assert forms(third, KIND) == (PLAIN,), "what grows is not regridded before the map"
@@ -354,3 +424,57 @@ def test_the_graph_tells_a_network_from_one_of_other_forms(world) -> None:
 
 def donor_params(cuts: CutZoo, block: BlockRef) -> int:
     return sum(unit.params for unit in cuts.donors[block.donor].units[block.first : block.last])
+
+
+def test_blocks_between_any_cuts_have_forms_too() -> None:
+    """Every form that the partition names is in the graph, priced, and its assemblies are paths again."""
+    problem = random_problem(3, (5, 4, 4), formed=True)
+    learnt = problem.learn(Select(interval=True))
+    named = {form for others in problem.partition.forms.values() for form in others.values()}
+    graph, found = learnt.graph, set[Form]()
+    for edge in range(graph.count):
+        key = graph.edges[edge].stitch
+        found |= {stitching.parted(key)[2]} if key else set()
+    assert named <= found <= named | {PLAIN}
+    assert learnt.latency_ms is not None and np.isfinite(learnt.latency_ms).all()
+    for place, assembly in zip(range(200), paths(learnt), strict=False):
+        path = graph.path(assembly)
+        assert path is not None, place
+        assert graph.assembly(path) == assembly
+
+
+@pytest.mark.parametrize(
+    ("lines", "form"),
+    [
+        ("", PLAIN),
+        ('regrid = "strided"\nrank = 4', Form("strided", rank=4)),
+        ('map = "identity"', IDENTITY),
+    ],
+)
+def test_a_recipe_names_a_form(tmp_path, lines: str, form: Form) -> None:
+    block = '[[block]]\ndonor = "a"\nfirst = 0\nlast = 3\n'
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'{block}{block}stitch = "linear"\n{lines}\n')
+    assert read_recipe(path).block[1].form == form
+    path.write_text(f"{block}{block}{lines}\n")
+    if form != PLAIN:
+        with pytest.raises(UsageError, match='block 2: regrid, map and rank are for stitch = "linear"'):
+            read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("form", "target", "says"),
+    [
+        (STRIDED, KIND, "nothing is to be strided"),
+        (STRIDED, replace(KIND, shape=(8, 4, 4)), "whole factors"),
+        (AFFINE, replace(KIND, shape=(9, 6, 6)), "affine is between equal widths"),
+        (IDENTITY, TensorType((37, 8), Layout.NLC, prefix=1, grid=(6, 6)), "class and register tokens"),
+        (Form(rank=8), KIND, "below both widths"),
+        (Form(map="affine", rank=2), KIND, "a rank is of a full map"),
+        (Form("largest"), KIND, "there is no form largest"),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused_with_the_reason(form: Form, target: TensorType, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        check_joint(Joint(form=form), KIND, target)
+    check_joint(Joint(), KIND, target)
