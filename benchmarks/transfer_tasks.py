@@ -56,10 +56,10 @@ SCANS = Size((), probe=300, train=600, validation=300, heldout=597, evaluations=
 """Sizes of the tasks with digits, of which there are 1797."""
 FULL = {
     "halves": Plan(
-        Size(HALF_DONORS, train=768, evaluations=12, matched=1, swaps=12, own_epochs=10, epochs=2), (0.2, 0.5, 0.8), 3
+        Size(HALF_DONORS, train=768, evaluations=12, matched=1, swaps=12, own_epochs=10, epochs=2), (0.2, 0.5, 0.8), 2
     ),
     "digits": Plan(replace(SCANS, donors=PUBLIC, epochs=2), (0.1, 0.4, 0.7), 2),
-    "sideways": Plan(SCANS, (0.25, 0.5, 0.75, 1.0), 3),
+    "sideways": Plan(SCANS, (0.25, 0.5, 0.75, 1.0), 2),
 }
 QUICK = {
     "halves": Plan(
