@@ -63,12 +63,11 @@ class Space:
 
     def legal(self, blocks: Sequence[BlockRef]) -> Assembly | None:
         """The assembly of these blocks, None where it is not within the constraints."""
-        assembly = Assembly(tuple(blocks))
-        return assembly if assembly in self._index else None
+        return self._index.get(tuple(blocks))
 
     @cached_property
-    def _index(self) -> frozenset[Assembly]:
-        return frozenset(self.allowed)
+    def _index(self) -> dict[tuple[BlockRef, ...], Assembly]:
+        return {assembly.blocks: assembly for assembly in self.allowed}
 
 
 def published(space: Space, trace: Trace, seed: int) -> None:

@@ -181,13 +181,13 @@ def order(graph: Layered) -> list[Assembly]:
     """All assemblies, those with a common front together."""
     found: list[Assembly] = []
 
-    def grow(prefix: tuple[BlockRef, ...]) -> None:
-        for place in graph.leaving[prefix[-1] if prefix else None]:
+    def grow(last: BlockRef | None, edges: tuple[int, ...]) -> None:
+        for place in graph.leaving[last]:
             target = graph.edges[place].target
             if target is None:
-                found.append(Assembly(prefix))
+                found.append(graph.assembly((*edges, place)))
             else:
-                grow((*prefix, target))
+                grow(target, (*edges, place))
 
-    grow(())
+    grow(None, ())
     return found
