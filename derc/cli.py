@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -357,6 +358,8 @@ def main() -> None:
     """Run the command line; every error derc knows of is one sentence on stderr and its exit code."""
     from derc.errors import DercError
 
+    ended = list[int]()
+    atexit.register(_end, ended)
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -365,6 +368,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
+        ended.append(130)
         _fail("interrupted; run the same command again to go on from what is stored", 130)
     except DercError as error:
         _fail(str(error), error.exit_code)
@@ -372,6 +376,18 @@ def main() -> None:
         if os.environ.get("DERC_DEBUG"):
             raise
         _fail(f"this is a bug in derc ({type(error).__name__}: {error}); DERC_DEBUG=1 shows where", 1)
+
+
+def _end(codes: list[int]) -> None:
+    """Leave with the exit code of an interrupt, as the last thing at exit.
+
+    Python ends by the signal itself once an interrupt has left code that was executed from text, as dataclasses are
+    made, although it was caught since (`unhandled_keyboard_interrupt` in CPython).
+    """
+    if codes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(codes[0])
 
 
 def _fail(message: str, code: int) -> None:

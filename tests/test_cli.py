@@ -188,6 +188,23 @@ def test_a_damaged_store_entry_is_said_and_made_anew(compiled, tmp_path):
     assert "damaged" in run.stderr or "not what was" in run.stderr
 
 
+def test_an_interrupt_in_code_made_from_text_has_the_exit_code_too(tmp_path):
+    """What is registered at exit is still done."""
+    script = (
+        "import atexit, pathlib, sys\n"
+        "from derc import cli\n"
+        "class Stopped:\n"
+        "    def __call__(self, **_):\n"
+        "        atexit.register(pathlib.Path(sys.argv[1]).touch)\n"
+        "        exec('raise KeyboardInterrupt')\n"
+        "cli.cli = Stopped()\n"
+        "cli.main()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "done")], capture_output=True, text=True)
+    assert run.returncode == 130 and "interrupted" in run.stderr and "Traceback" not in run.stderr
+    assert (tmp_path / "done").exists()
+
+
 @pytest.mark.parametrize("after_s", [2.0, 5.0])
 def test_ctrl_c_leaves_nothing_and_the_same_command_goes_on(tmp_path, after_s):
     zoo = small_zoo(tmp_path, "resnet-slim", "convnext")
