@@ -189,8 +189,8 @@ def test_a_damaged_store_entry_is_said_and_made_anew(compiled, tmp_path):
 
 
 def test_an_interrupt_in_code_made_from_text_has_the_exit_code_too(tmp_path):
-    """What is registered at exit is still done."""
-    script = (
+    """As `python -m derc` ends, which is not how a script does; what is registered at exit is still done."""
+    (tmp_path / "stopped.py").write_text(
         "import atexit, pathlib, sys\n"
         "from derc import cli\n"
         "class Stopped:\n"
@@ -200,7 +200,8 @@ def test_an_interrupt_in_code_made_from_text_has_the_exit_code_too(tmp_path):
         "cli.cli = Stopped()\n"
         "cli.main()\n"
     )
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "done")], capture_output=True, text=True)
+    command = [sys.executable, "-m", "stopped", str(tmp_path / "done")]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 130 and "interrupted" in run.stderr and "Traceback" not in run.stderr
     assert (tmp_path / "done").exists()
 
