@@ -18,18 +18,19 @@ def split(cuts: CutZoo, blocks: int) -> tuple[CutZoo, CutZoo]:
     units = {name: len(donor.units) for name, donor in cuts.donors.items()}
     most = max(units, key=lambda name: units[name])
     lone = min(units, key=lambda name: units[name])
-    for name in (most,) * (units[most] < blocks) + (lone,) * (units[lone] < min(blocks, 2)):
+    if units[most] < blocks:
         raise UsageError(
-            f"donor {name} has {_plural(units[name])} and cannot be split into {blocks} blocks: "
-            f"use --blocks {units[name]} or fewer, or leave this donor out of the zoo"
+            f"no donor can be split into {blocks} blocks, for {most} has the most units, {units[most]}: "
+            f"use --blocks {units[most]} or fewer"
+        )
+    if units[lone] < min(blocks, 2):
+        raise UsageError(
+            f"donor {lone} is a single unit and cannot be split into {blocks} blocks: "
+            "use --blocks 1, or leave this donor out of the zoo"
         )
     many = {name: donor for name, donor in cuts.donors.items() if units[name] >= blocks}
     few = {name: donor for name, donor in cuts.donors.items() if units[name] < blocks}
     return CutZoo(many), CutZoo(few)
-
-
-def _plural(units: int) -> str:
-    return f"{units} unit{'' if units == 1 else 's'}"
 
 
 def placed(

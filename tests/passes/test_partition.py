@@ -147,7 +147,8 @@ def test_one_unit_too_big_for_its_share_takes_the_least_slack() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"), [((3, 4), r"donor d1 has 4 units.*--blocks 4"), ((6, 1), r"donor d1 has 1 unit and.*--blocks 1")]
+    ("sizes", "said"),
+    [((3, 4), r"5 blocks, for d1 has the most units, 4.*--blocks 4"), ((6, 1), r"donor d1.*--blocks 1")],
 )
 def test_too_few_units_names_the_donor_and_the_option(sizes: tuple[int, ...], said: str) -> None:
     cuts = random_cuts(0, sizes)
