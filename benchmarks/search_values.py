@@ -23,6 +23,7 @@ from derc.assembled import new_stitch
 from derc.compiler import Analysis, analyse
 from derc.config import CompileSettings
 from derc.data import Data
+from derc.fitting import fit
 from derc.fronts import Step
 from derc.judge import answers, columns_of
 from derc.layered import Layered
@@ -141,7 +142,7 @@ class Values:
             stitch = new_stitch(assembly, index, context.lowered)
             run = partial(context.fronts.run, context.data.probe, FitStitches().batch)
             before = BlockRef(block.donor, 0, block.first, 0)
-            FitStitches().fit_to(stitch, run(steps), run([fronts.block(lowered, before)]))
+            fit(stitch, run(steps), run([fronts.block(lowered, before)]))
             steps = (*steps, fronts.added(stitch))
         steps = (*steps, _keeping(fronts.block(lowered, block), keep=index + 1 < len(assembly.blocks)))
         return Behind(steps, self._kernels(behind, steps))

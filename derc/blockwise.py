@@ -16,9 +16,9 @@ from torch import nn
 from derc import children
 from derc.artifacts import BlockRef
 from derc.errors import DercError, UsageError
+from derc.fitting import fit
 from derc.mode import in_eval
 from derc.modules import Stitch
-from derc.passes.stitch import FitStitches
 from derc.training.blockwise import Lesson, teach, to_fit
 from derc.training.checkpoint import Work
 from derc.training.examples import Examples
@@ -39,7 +39,7 @@ COLUMNS = ("block", "pass", "step", "lr", "loss", "validation_loss", "images", "
 def fitted(stitch: nn.Module, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Set a linear stitch by ridge regression so that it gives the second values for the first."""
     sources, targets = tee(pairs)
-    FitStitches().fit_to(cast("Stitch", stitch), (one for one, _ in sources), (other for _, other in targets))
+    fit(cast("Stitch", stitch), (one for one, _ in sources), (other for _, other in targets))
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,17 @@ def check_output(output: Path) -> None:
         raise UsageError(f"the output {output} exists and is not a directory: name another one with -o")
     if output.is_dir() and any(output.iterdir()):
         raise UsageError(f"the output directory {output} is not empty: name another one with -o, or empty it")
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    check_place(output.absolute().parent, f"the output {output}")
+
+
+def check_place(place: Path, what: str) -> None:
+    """Raise UsageError unless the folder `place`, or the nearest one above it that exists, can be written into."""
+    while not place.exists():
+        place = place.parent
     try:
-        Path(tempfile.mkdtemp(prefix=".derc.", dir=parent)).rmdir()
+        Path(tempfile.mkdtemp(prefix=".derc.", dir=place)).rmdir()
     except OSError as error:
-        raise UsageError(f"the output {output} cannot be written: {parent}: {error.strerror}") from error
+        raise UsageError(f"{what} cannot be written: {place}: {error.strerror}") from error
 
 
 def write(output: Path, files: Mapping[str, bytes], manifest: dict[str, Any], *, over: bool = False) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from derc import sweep
 from derc.artifacts import Assembly
+from derc.bundle import check_place
 from derc.compiler import open_search, prepare
 from derc.config import KEYS, CompileSettings
 from derc.console import Console
@@ -142,10 +142,4 @@ def _check(output: Path) -> None:
     there = [name for name in FILES if (output / name).exists()]
     if there:
         raise UsageError(f"{output / there[0]} exists already: name another folder with -o, or remove it")
-    parent = output.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        Path(tempfile.mkdtemp(prefix=".derc.", dir=parent)).rmdir()
-    except OSError as error:
-        raise UsageError(f"the front cannot be written to {output}: {error.strerror}") from error
+    check_place(output.absolute(), f"the front in {output}")

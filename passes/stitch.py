@@ -17,13 +17,9 @@ from derc.assembled import new_stitch, with_buffers
 from derc.batchnorm import reestimated
 from derc.data import Split
 from derc.fitting import HELD_BACK, NAMES, fit
-from derc.fitting import body_rows as body_rows
 from derc.fronts import Step
 from derc.modules import Stitch
 from derc.pipeline import Context
-from derc.regression import STRENGTHS as STRENGTHS
-from derc.regression import Moments as Moments
-from derc.regression import ridge as ridge
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class FitStitches:
                 stitch = new_stitch(assembly, first, context.lowered)
                 donor = fronts.block(lowered, replace(block, first=0, last=block.first))
                 names = f"donor {assembly.blocks[first - 1].donor}", f"donor {block.donor}"
-                residual.append(self.fit_to(stitch, run(front), run([donor]), names))
+                residual.append(fit(stitch, run(front), run([donor]), names))
                 states.append({name: value.detach().numpy().copy() for name, value in stitch.state_dict().items()})
                 front.append(fronts.added(stitch))
             steps = [fronts.block(context.lowered[b.donor], b) for b in assembly.blocks[first:last]]
@@ -77,23 +73,13 @@ class FitStitches:
     def fit(
         self, stitch: Stitch, front: nn.Module, donor: nn.Module, probe: Split, names: tuple[str, str] = NAMES
     ) -> float:
-        """Set `stitch` so that stitch(front(x)) ≈ donor(x) on the probe images; see `fit_to`."""
+        """Set `stitch` so that stitch(front(x)) ≈ donor(x) on the probe images; see `derc.fitting.fit`."""
         sources = (front(images.clone()) for images, _ in probe.batches(self._size(probe)))
         targets = (donor(images.clone()) for images, _ in probe.batches(self._size(probe)))
-        return self.fit_to(stitch, sources, targets, names)
+        return fit(stitch, sources, targets, names)
 
     def _size(self, probe: Split) -> int:
         return max(1, min(self.batch, len(probe) // HELD_BACK))
-
-    def fit_to(
-        self,
-        stitch: Stitch,
-        sources: Iterable[torch.Tensor],
-        targets: Iterable[torch.Tensor],
-        names: tuple[str, str] = NAMES,
-    ) -> float:
-        """Set `stitch` so that stitch(source) ≈ target in all batches; see `derc.fitting.fit`."""
-        return fit(stitch, sources, targets, names)
 
 
 def _with(step: Step, buffers: dict[str, Array]) -> Step:

@@ -22,6 +22,7 @@ from derc.artifacts import Assembly, BlockRef, CutZoo, Joint, Partition, StitchL
 from derc.assembled import live
 from derc.emitted import realise
 from derc.errors import UsageError
+from derc.fitting import body_rows, fit
 from derc.ir import Layout, TensorType
 from derc.modules import Stitch
 from derc.parts import check_joint
@@ -31,7 +32,7 @@ from derc.passes.match import Match
 from derc.passes.recalibrate import Recalibrate
 from derc.passes.score import Consult
 from derc.passes.select import Select
-from derc.passes.stitch import FitStitches, body_rows
+from derc.passes.stitch import FitStitches
 from derc.printing import print_network
 from derc.recipe import read_recipe
 from derc.regression import Moments
@@ -96,7 +97,7 @@ def test_what_is_fitted_is_the_least_error_of_an_affine_stitch(
 ) -> None:
     source, target, form = data.draw(formed(before, after, ("affine",)))
     stitch, x, y = build(source, target, seed, form), random_value(source, seed, 6), random_value(target, seed + 1, 6)
-    FitStitches().fit_to(stitch, x.split(1), y.split(1))
+    fit(stitch, x.split(1), y.split(1))
     (stitch(x) - y).square().sum().backward()
     assert all(parameter.grad.abs().max() < 1e-9 * y.square().sum() for parameter in stitch.parameters())
 
@@ -109,7 +110,7 @@ def test_fits_leave_what_numpy_leaves(form: Form) -> None:
     x = random_value(source, 1, 400)
     y = build(source, target, 3, form)(x).detach() + 0.1 * random_value(target, 2, 400)
     stitch = build(source, target, 0, form)
-    error = FitStitches().fit_to(stitch, x.split(50), y.split(50))
+    error = fit(stitch, x.split(50), y.split(50))
     features, wanted = (rows.detach().numpy() for rows in body_rows(stitch, x, y))
     held = np.repeat(np.arange(400) // 50 % 4 == 3, 9)
     spread = np.square(wanted[held] - wanted[held].mean(0)).sum()
@@ -151,7 +152,7 @@ def test_a_stitch_of_low_rank_that_exists_is_found(form: Form) -> None:
     target = target if form.regrid == "mean" else TensorType((2, 3, 5), Layout.NHWC)
     truth, x = build(source, target, 1, form), random_value(source, 1, 80)
     stitch = build(source, target, 2, form)
-    assert FitStitches().fit_to(stitch, x.split(10), truth(x).detach().split(10)) < 1e-9
+    assert fit(stitch, x.split(10), truth(x).detach().split(10)) < 1e-9
     torch.testing.assert_close(stitch(x), truth(x), atol=1e-4, rtol=1e-4)
 
 
@@ -169,7 +170,7 @@ def test_what_a_sample_leaves_is_what_the_fits_leave() -> None:
     found = dict(zip(every, Regressor(one).left(other, every), strict=True))
     for form, left in found.items():
         stitch = build(source, target, 0, form)
-        assert left == pytest.approx(FitStitches().fit_to(stitch, x.split(1), y.split(1)), rel=0.02), form
+        assert left == pytest.approx(fit(stitch, x.split(1), y.split(1)), rel=0.02), form
     assert found[Form(rank=20)] > found[Form(rank=40)] > found[PLAIN]
 
 
@@ -178,7 +179,7 @@ def test_a_channel_that_says_nothing_is_a_constant() -> None:
     x, y = random_value(kind, 1, 20), random_value(kind, 2, 20)
     x[:, 1] = 7.0
     stitch = build(kind, kind, 0, AFFINE)
-    FitStitches().fit_to(stitch, x.split(5), y.split(5))
+    fit(stitch, x.split(5), y.split(5))
     assert stitch.scale[0, 1] == 0
     assert stitch.shift[0, 1].item() == pytest.approx(float(y[:, 1].mean()))
 

@@ -14,8 +14,10 @@ from derc.artifacts import Assembly, BlockRef
 from derc.assembled import assemble
 from derc.data import Split
 from derc.errors import DercError
+from derc.fitting import body_rows, fit
 from derc.ir import Layout, TensorType
-from derc.passes.stitch import FitStitches, Moments, body_rows, ridge
+from derc.passes.stitch import FitStitches
+from derc.regression import Moments, ridge
 from tests.stitches import PAIRS, build, kinds, random_value
 from tests.world import make_context
 
@@ -154,7 +156,7 @@ def test_class_and_register_tokens_are_those_of_float64_least_squares(source, ta
     x, y = random_value(source, 1, count), random_value(target, 2, count)
     y[:, : target.prefix] += x.flatten(1)[:, : target.channels].unsqueeze(1)
     size = min(32, count // 4)
-    error = FitStitches().fit_to(stitch, x.split(size), y.split(size))
+    error = fit(stitch, x.split(size), y.split(size))
     tokens = x.flatten(2).transpose(1, 2) if source.layout is Layout.NCHW else x
     seen = np.concatenate([tokens[:, source.prefix :].mean(1, keepdim=True), tokens[:, : source.prefix]], 1)
     rows = [(a.reshape(len(a), -1), b[:, : target.prefix].flatten(1).numpy()) for a, b in batched(seen, y, size)]
