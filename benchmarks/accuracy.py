@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cifarzoo
 from benchmarks.accuracy_figures import Row, figures
-from benchmarks.accuracy_networks import BATCH, GRID, RATES
+from benchmarks.accuracy_networks import BATCH, RATES
 from benchmarks.accuracy_plots import plots
 from benchmarks.accuracy_rounds import Round
 from benchmarks.accuracy_tables import costs, networks, table
@@ -46,7 +46,6 @@ def protocol(world: World, seeds: int) -> dict[str, Any]:
         "budgets_ms": world.budgets,
         "seeds": seeds,
         "rates": RATES,
-        "grid": GRID,
         "batch": BATCH,
         "noise": world.table.noise,
         "text": __doc__,

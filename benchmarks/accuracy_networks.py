@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,16 +25,14 @@ from derc.workspace import LiveDonors
 BATCH = 32
 FROZEN = "frozen"
 RATES = {
-    FROZEN: (1e-2, "train"),
     "distilled": (1e-4, "fixed"),
     "random": (1e-3, "train"),
     "paper": (1e-3, "train"),
     "scratch": (3e-3, "train"),
 }
 """Learning rate and batch norms by what is trained, chosen on a development split (benchmarks/accuracy_rates.py)."""
-GRID = ((1e-4, "fixed"), (3e-4, "fixed"), (1e-3, "train"))
 TUNED = ("assembly", "donor")
-"""What is trained once with each pair of the grid; the validation images choose."""
+"""What is trained once with each pair of the size's grid; the validation images choose."""
 FRESH = ("random", "paper", "scratch")
 """What is worth nothing before it is trained, so that its trained state is kept in any case."""
 
@@ -150,7 +149,7 @@ def paper_joint(source: TensorType, target: TensorType) -> Joint:
 class Lesson:
     """How a network is trained: with the rate and norms of its `kind` or as `given`, `epochs` over the images.
 
-    Kinds in TUNED are trained with each pair of GRID in turn.
+    Kinds in TUNED are trained with each pair of the size's grid in turn.
     """
 
     kind: str
@@ -177,11 +176,11 @@ def teach(net: Net, data: Data, images: int, lesson: Lesson) -> Trained:
     return train(net.network, data.more(images), data.validation, options, trains=trains, teacher=lesson.teacher)
 
 
-def forms(lesson: Lesson | None) -> tuple[Lesson | None, ...]:
+def forms(lesson: Lesson | None, grid: Sequence[tuple[float, str]]) -> tuple[Lesson | None, ...]:
     """The trainings of which the validation images choose one."""
     if lesson is None or lesson.given or lesson.kind not in TUNED:
         return (lesson,)
-    return tuple(replace(lesson, given=pair) for pair in GRID)
+    return tuple(replace(lesson, given=pair) for pair in grid)
 
 
 def recalibrated_net(net: Net, data: Data) -> Net:

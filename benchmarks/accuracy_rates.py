@@ -27,8 +27,8 @@ from benchmarks.accuracy_zoo import FULL
 DEVELOPMENT = 1000
 """The seed of the development split."""
 GRID = {
-    FROZEN: [(3e-3, "train"), (1e-2, "train")],
-    "distilled": [(1e-4, "fixed"), (1e-4, "train"), (3e-4, "train")],
+    FROZEN: [(1e-3, "train"), (3e-3, "train"), (1e-2, "train")],
+    "distilled": [(3e-5, "fixed"), (1e-4, "fixed"), (3e-4, "fixed")],
     "random": [(3e-4, "train"), (1e-3, "train")],
     "paper": [(1e-3, "train"), (3e-3, "train")],
     "scratch": [(3e-3, "train"), (1e-2, "train")],

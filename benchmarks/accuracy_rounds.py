@@ -164,7 +164,7 @@ class Round:
         return self.item(f"{key}-{name}", start, lessons.get(name))
 
     def frozen(self, epochs: int = 1) -> Lesson:
-        return Lesson(FROZEN, epochs, self.seed)
+        return Lesson(FROZEN, epochs, self.seed, given=(self.world.size.frozen_lr, "train"))
 
     def stitched(self, assembly: Assembly, stage: str) -> Net:
         return stitched_net(kept(self.world, self.seed, stage, assembly), self.world.lowered)
@@ -176,7 +176,7 @@ class Round:
 
     def item(self, key: str, start: Callable[[], Net], lesson: Lesson | None = None) -> Row:
         """A network from its start through its lesson, if any, and what it is worth; the best form on validation."""
-        found = [self.form(key, start, one) for one in forms(lesson)]
+        found = [self.form(key, start, one) for one in forms(lesson, self.world.size.grid)]
         return max(found, key=lambda row: float(row["validation"]))
 
     def form(self, key: str, start: Callable[[], Net], lesson: Lesson | None) -> Row:

@@ -143,7 +143,7 @@ def open_world(shared: Path, folder: Path, size: Size, budgets: int, *, closed: 
         coarse = coarser(work, context, size, analysis)
     fresh = Zoo("fresh", tuple(replace(donor, weights=None) for donor in zoo.donors))
     limits = spaced(table, budgets)
-    drawn = partial(images.drawn, size)
+    drawn = partial(images.unseen, size)
     return World(work, size, drawn, zoo, analysis, table, limits, live, LiveDonors(fresh, NEGLIGIBLE), coarse)
 
 

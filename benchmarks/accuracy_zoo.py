@@ -1,15 +1,16 @@
 """Donors and images of the accuracy benchmark: public CIFAR-10 networks, three trained here, and disjoint splits.
 
 Of `x_train`, the first 512 images show the donors' values to the analysis, the next 4,000 train the benchmark's own
-donors (the last tenth of these chooses their state), and every seed draws its probe, training and validation images
-from the 5,488 that are left. Held out are the first images of `x_test`.
+donors (the last tenth of these chooses their state), and every seed draws its probe images from the 5,488 that are
+left. Held out are the first images of `x_test`. Training and validation images are drawn from the others of `x_test`,
+for the public donors were trained on what `x_train` was made from, as on no user's images.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 class Size:
     """How much of everything: numbers of images, `evaluations` of a search, networks that are `matched`, epochs.
 
-    derc's search has donors in `blocks`, the paper's in `paper_blocks`, as many as the paper has.
+    derc's search has donors in `blocks`, the paper's in `paper_blocks`, as many as the paper has. Of the pairs of a rate
+    and what norms do in `grid`, validation images choose; networks with frozen blocks are trained at `frozen_lr`.
     """
 
     donors: tuple[str, ...]
     probe: int = 512
-    train: int = 2048
+    train: int = 2000
     validation: int = 1000
     heldout: int = 2000
     evaluations: int = 24
@@ -51,6 +53,8 @@ class Size:
     epochs: int = 1
     blocks: int = 4
     paper_blocks: int = 4
+    grid: tuple[tuple[float, str], ...] = ((1e-4, "fixed"), (3e-4, "fixed"), (1e-3, "train"))
+    frozen_lr: float = 1e-2
 
     @property
     def name(self) -> str:
@@ -100,7 +104,9 @@ RECIPES = {
     ),
 }
 FAMILIES = PUBLIC | {name: recipe.family for name, recipe in RECIPES.items()}
-FULL = Size(tuple(FAMILIES), epochs=3, blocks=16, profile_s=150.0)
+UNSEEN = ((3e-5, "fixed"), (3e-4, "fixed"), (1e-3, "train"))
+"""The grid for images that the public donors were not trained on."""
+FULL = Size(tuple(FAMILIES), epochs=3, blocks=16, profile_s=150.0, grid=UNSEEN, frozen_lr=3e-3)
 QUICK = Size(
     ("akamaster_resnet20", "mlperftiny_resnet8", "own_mobilenet", "own_vit"),
     probe=128,
@@ -113,6 +119,8 @@ QUICK = Size(
     own_epochs=2,
     profile_s=12.0,
     blocks=8,
+    grid=UNSEEN,
+    frozen_lr=3e-3,
 )
 
 
@@ -140,11 +148,21 @@ class Images:
         return _part(self.train, order[:last]), _part(self.train, order[last:])
 
     def drawn(self, size: Size, seed: int) -> Data:
-        """A seed's splits; `training(n)` gives the probes and then training images, which `more` gives alone."""
+        """A seed's splits of the images of `x_train` that train no donor here, held out those of `x_test`.
+
+        `training(n)` gives the probes and then training images, which `more` gives alone.
+        """
         order = ANALYSIS + OWN + np.random.default_rng(seed).permutation(len(self.train) - ANALYSIS - OWN)
         ends = np.cumsum([size.probe, size.train, size.validation])
         probe, train, validation = (_part(self.train, part) for part in np.split(order[: ends[-1]], ends[:-1]))
         return Data(f"seed{seed}", cifarzoo.CLASSES, probe, validation, self.test.first(size.heldout), train.first)
+
+    def unseen(self, size: Size, seed: int) -> Data:
+        """As `drawn`, but training and validation images are of `x_test`, behind those that are held out."""
+        order = size.heldout + np.random.default_rng(seed).permutation(len(self.test) - size.heldout)
+        ends = np.cumsum([size.validation, size.train])
+        validation, train = (_part(self.test, part) for part in np.split(order[: ends[-1]], ends[:-1]))
+        return replace(self.drawn(size, seed), validation=validation, more=train.first)
 
 
 def _part(split: Split, numbers: Array) -> Split:

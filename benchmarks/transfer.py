@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cifarzoo
 from benchmarks.accuracy_figures import Row
-from benchmarks.accuracy_networks import BATCH, GRID, RATES
+from benchmarks.accuracy_networks import BATCH, RATES
 from benchmarks.accuracy_world import NotComputedError
 from benchmarks.results import give, machine
 from benchmarks.transfer_figures import figures
@@ -81,7 +81,7 @@ def protocol(every: list[Task], seconds: float) -> dict[str, Any]:
         }
         for task in every
     }
-    return {"tasks": told, "rates": RATES, "grid": GRID, "batch": BATCH, "seconds": round(seconds), "text": __doc__}
+    return {"tasks": told, "rates": RATES, "batch": BATCH, "seconds": round(seconds), "text": __doc__}
 
 
 @click.command()
