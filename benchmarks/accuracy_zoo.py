@@ -36,8 +36,8 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 class Size:
     """How much of everything: numbers of images, `evaluations` of a search, networks that are `matched`, epochs.
 
-    derc's search has donors in `blocks`, the paper's in `paper_blocks`, as many as the paper has. Of the pairs of a rate
-    and what norms do in `grid`, validation images choose; networks with frozen blocks are trained at `frozen_lr`.
+    derc's search has donors in `blocks`, the paper's in `paper_blocks`, as many as the paper has. `grid` has pairs of
+    a rate and what norms do, of which validation images choose; with frozen blocks, the rate is `frozen_lr`.
     """
 
     donors: tuple[str, ...]
