@@ -25,7 +25,6 @@ from derc.workspace import LiveDonors
 BATCH = 32
 FROZEN = "frozen"
 RATES = {
-    "distilled": (1e-4, "fixed"),
     "random": (1e-3, "train"),
     "paper": (1e-3, "train"),
     "scratch": (3e-3, "train"),

@@ -95,7 +95,8 @@ class Round:
             case "donor3":
                 lesson = Lesson("donor", 2, self.seed)
             case _:
-                lesson = Lesson("distilled", epochs + 2, self.seed, self.teacher(choice.best))
+                given = self.world.size.distilled_lr, "fixed"
+                lesson = Lesson("distilled", epochs + 2, self.seed, self.teacher(choice.best), given)
         return self.item(f"{donor}-{name}", start, lesson)
 
     def teacher(self, donor: str) -> nn.Module:

@@ -37,7 +37,8 @@ class Size:
     """How much of everything: numbers of images, `evaluations` of a search, networks that are `matched`, epochs.
 
     derc's search has donors in `blocks`, the paper's in `paper_blocks`, as many as the paper has. `grid` has pairs of
-    a rate and what norms do, of which validation images choose; with frozen blocks, the rate is `frozen_lr`.
+    a rate and what norms do, of which validation images choose; the rate is `frozen_lr` with frozen blocks, and
+    `distilled_lr` with a teacher.
     """
 
     donors: tuple[str, ...]
@@ -55,6 +56,7 @@ class Size:
     paper_blocks: int = 4
     grid: tuple[tuple[float, str], ...] = ((1e-4, "fixed"), (3e-4, "fixed"), (1e-3, "train"))
     frozen_lr: float = 1e-2
+    distilled_lr: float = 1e-4
 
     @property
     def name(self) -> str:
@@ -106,7 +108,7 @@ RECIPES = {
 FAMILIES = PUBLIC | {name: recipe.family for name, recipe in RECIPES.items()}
 UNSEEN = ((3e-5, "fixed"), (3e-4, "fixed"), (1e-3, "train"))
 """The grid for images that the public donors were not trained on."""
-FULL = Size(tuple(FAMILIES), epochs=3, blocks=16, profile_s=150.0, grid=UNSEEN, frozen_lr=3e-3)
+FULL = Size(tuple(FAMILIES), epochs=3, blocks=16, profile_s=150.0, grid=UNSEEN, frozen_lr=3e-3, distilled_lr=3e-5)
 QUICK = Size(
     ("akamaster_resnet20", "mlperftiny_resnet8", "own_mobilenet", "own_vit"),
     probe=128,
@@ -121,6 +123,7 @@ QUICK = Size(
     blocks=8,
     grid=UNSEEN,
     frozen_lr=3e-3,
+    distilled_lr=3e-5,
 )
 
 
