@@ -3,7 +3,7 @@
     python benchmarks/accuracy_rates.py --zoo-dir DIR [--work DIR] [--places 3,7]
 
 The development split is drawn with a seed of its own, at two of the ten budgets. Each kind of training is run at each
-rate and the rate of the best mean validation accuracy is for RATES; held-out images are not read.
+rate and the rate of the best mean validation accuracy is for RATES or the size; held-out images are not read.
 """
 
 from __future__ import annotations

@@ -156,20 +156,24 @@ class Images:
         `training(n)` gives the probes and then training images, which `more` gives alone.
         """
         order = ANALYSIS + OWN + np.random.default_rng(seed).permutation(len(self.train) - ANALYSIS - OWN)
-        ends = np.cumsum([size.probe, size.train, size.validation])
-        probe, train, validation = (_part(self.train, part) for part in np.split(order[: ends[-1]], ends[:-1]))
+        probe, train, validation = _dealt(self.train, order, size.probe, size.train, size.validation)
         return Data(f"seed{seed}", cifarzoo.CLASSES, probe, validation, self.test.first(size.heldout), train.first)
 
     def unseen(self, size: Size, seed: int) -> Data:
         """As `drawn`, but training and validation images are of `x_test`, behind those that are held out."""
         order = size.heldout + np.random.default_rng(seed).permutation(len(self.test) - size.heldout)
-        ends = np.cumsum([size.validation, size.train])
-        validation, train = (_part(self.test, part) for part in np.split(order[: ends[-1]], ends[:-1]))
+        validation, train = _dealt(self.test, order, size.validation, size.train)
         return replace(self.drawn(size, seed), validation=validation, more=train.first)
 
 
 def _part(split: Split, numbers: Array) -> Split:
     return Split(split.images[numbers], None if split.labels is None else split.labels[numbers])
+
+
+def _dealt(split: Split, order: Array, *counts: int) -> list[Split]:
+    """Splits of so many images each, one after another in this order."""
+    ends = np.cumsum(counts)
+    return [_part(split, part) for part in np.split(order[: ends[-1]], ends[:-1])]
 
 
 def load_zoo(shared: Path, work: Path, size: Size, images: Images) -> Zoo:
