@@ -1,7 +1,8 @@
 """What the accuracy benchmark's rows come to: pure computations, each row a budget of a seed.
 
 A row has held-out accuracies by name, None where nothing fits: `stage1` … `stage4` of the assembly, `tail_intact` of
-the donor of its last block, `donor1` and `donor4` of the best intact donor as it is and tuned, and the baselines;
+the donor of its last block, `donor1` and `donor4` of the best intact donor as it is and tuned, `answer4` of the better
+of `stage4` and `donor4` by the images that choose, and the baselines;
 `<name>_validation` are the accuracies that choose. Latencies are in ms.
 """
 
@@ -66,6 +67,11 @@ def shortfall(rows: Sequence[Row], name: str, other: str, place: str = "budget_m
     return max(0.0, -mean(worst)), spread(worst)
 
 
+def below(rows: Sequence[Row], name: str, other: str) -> int:
+    """At how many budgets the mean loss is larger than the seeds' spread."""
+    return sum(-mean(gain) > spread(gain) for gain in gains(rows, name, other).values())
+
+
 def area(points: Iterable[Point], fastest: float, slowest: float) -> float:
     """Mean over log latency of the reported accuracy of the best by choice among all that is fast enough, else 0."""
     rows = sorted(point for point in points if point[0] <= slowest)
@@ -109,6 +115,7 @@ def paper_wins(rows: Sequence[Row]) -> float:
 def figures(rows: Sequence[Row], donors: Sequence[Row], ends: tuple[float, float]) -> dict[str, float]:
     """All of them, for budgets between two latencies; shares are over budgets and seeds, points are held out."""
     worst, seeds = shortfall(rows, "stage4", "donor4")
+    answer_worst, answer_seeds = shortfall(rows, "answer4", "donor4")
     by_budget = gains(rows, "stage4", "donor4").values()
     lost = [row for row in rows if row.get("stage1") is not None and row["stage1"] <= row["donor1"]]
     found = {
@@ -121,7 +128,12 @@ def figures(rows: Sequence[Row], donors: Sequence[Row], ends: tuple[float, float
         "stage4_wins_of_means": sum(mean(gain) > 0 for gain in by_budget) / max(1, len({r["budget_ms"] for r in rows})),
         "stage4_worst_shortfall": worst,
         "stage4_worst_spread": seeds,
-        "stage4_below_by_more_than_spread": sum(-mean(gain) > spread(gain) for gain in by_budget),
+        "stage4_below_by_more_than_spread": below(rows, "stage4", "donor4"),
+        "answer4_wins": wins(rows, "answer4", "donor4"),
+        "answer4_losses": wins(rows, "donor4", "answer4"),
+        "answer4_worst_shortfall": answer_worst,
+        "answer4_worst_spread": answer_seeds,
+        "answer4_below_by_more_than_spread": below(rows, "answer4", "donor4"),
         "hypervolume_gain": volume_gain(rows, donors, ("stage4", "donor4"), ends),
         "hypervolume_gain_as_compiled": volume_gain(rows, donors, ("stage1", "donor1"), ends),
         "paper_protocol_wins": paper_wins(rows),

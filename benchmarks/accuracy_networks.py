@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ from derc.parts import check_joint, parts
 from derc.training import TrainOptions, train
 from derc.training.examples import as_examples
 from derc.training.outcome import Trained
-from derc.training.score import accuracy
+from derc.training.score import accuracy, correct
 from derc.workspace import LiveDonors
 
 BATCH = 32
@@ -190,9 +191,11 @@ def recalibrated_net(net: Net, data: Data) -> Net:
     return other if after > before else net
 
 
-def judged(network: nn.Module, validation: Split, heldout: Split) -> dict[str, float]:
-    """The accuracy that chooses and the one that is reported."""
+def judged(network: nn.Module, validation: Split, heldout: Split) -> dict[str, float | str]:
+    """The accuracy that chooses and the one that is reported, and which validation images are answered right."""
+    right = correct(network, as_examples(validation))
     return {
-        "validation": accuracy(network, as_examples(validation)),
+        "validation": float(right.mean()),
         "heldout": accuracy(network, as_examples(heldout)),
+        "right": np.packbits(right).tobytes().hex(),
     }

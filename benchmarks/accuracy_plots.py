@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from benchmarks.accuracy_figures import Row, spread
+from benchmarks.accuracy_tables import COLUMNS
 
 Place = Callable[[float, float], tuple[float, float]]
 WIDTH, HEIGHT, MARGIN = 620, 400, 50
@@ -15,6 +16,7 @@ COLOURS = {
     "stage2": "#5fbf9f",
     "stage3": "#2e9571",
     "stage4": "#0b5138",
+    "answer4": "#111111",
     "donor1": "#c9a227",
     "donor4": "#b4541a",
     "distilled": "#7a4a8c",
@@ -22,7 +24,7 @@ COLOURS = {
     "paper4": "#c0392b",
     "scratch": "#8a8a8a",
 }
-TRAINED = ("stage4", "donor4", "distilled", "random4", "paper4", "scratch")
+TRAINED = ("answer4", "stage4", "donor4", "distilled", "random4", "paper4", "scratch")
 UNTRAINED = ("stage1", "stage2", "stage3", "stage4", "donor1", "donor4")
 
 
@@ -38,7 +40,7 @@ def plot(rows: Sequence[Row], names: Sequence[str], ends: tuple[float, float], t
     """Held-out accuracy against the budget on a log axis, mean over seeds with their spread as bars."""
     series = {name: middle(rows, name) for name in names}
     values = [value for one in series.values() for value, _ in one.values()] or [0.0, 1.0]
-    low, high = math.floor(min(values) * 10) / 10, math.ceil(max(values) * 20) / 20
+    low, high = math.floor(min(values) * 10) / 10, math.ceil(max(values) * 10) / 10
     x0, x1 = math.log(ends[0]), math.log(ends[1])
 
     def at(ms: float, value: float) -> tuple[float, float]:
@@ -46,8 +48,8 @@ def plot(rows: Sequence[Row], names: Sequence[str], ends: tuple[float, float], t
         return x, HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (value - low) / (high - low or 1.0)
 
     parts = [f'<text x="{MARGIN}" y="22" font-size="13">Held-out accuracy: {title}</text>']
-    for step in range(6):
-        value = low + (high - low) * step / 5
+    for step in range(round(10 * (high - low)) + 1):
+        value = low + step / 10
         _, y = at(ends[0], value)
         parts.append(f'<line x1="{MARGIN}" x2="{WIDTH - 130}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e6e6e6"/>')
         parts.append(f'<text x="{MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{100 * value:.0f}%</text>')
@@ -56,7 +58,7 @@ def plot(rows: Sequence[Row], names: Sequence[str], ends: tuple[float, float], t
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 16}" text-anchor="middle">{budget:.2g}</text>')
     for number, (name, found) in enumerate(series.items()):
         parts += curve(found, at, COLOURS[name])
-        parts.append(f'<text x="{WIDTH - 120}" y="{MARGIN + 16 * number}" fill="{COLOURS[name]}">{name}</text>')
+        parts.append(f'<text x="{WIDTH - 120}" y="{MARGIN + 16 * number}" fill="{COLOURS[name]}">{COLUMNS[name]}</text>')
     parts.append(f'<text x="{WIDTH // 2}" y="{HEIGHT - 12}" text-anchor="middle">latency budget in ms (log)</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '

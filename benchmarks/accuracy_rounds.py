@@ -10,11 +10,12 @@ of which the validation images choose.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import numpy as np
 from torch import nn
 
 from benchmarks.accuracy_choices import Choice, choose, kept, short
@@ -32,11 +33,21 @@ from benchmarks.accuracy_networks import (
 )
 from benchmarks.accuracy_world import Row, World
 from derc.artifacts import Assembly, StitchedAssembly
+from derc.rivals import place
 from derc.training.teacher import teacher_of
 
 ASSEMBLY = ("stage1", "stage2", "stage3", "stage4", "random1", "random3", "random4", "scratch")
 PAPER = ("paper1", "paper2", "paper3", "paper4")
 DONOR = ("donor1", "donor_recalibrated", "donor4", "distilled")
+
+
+def answered(items: Mapping[str, Row]) -> Row:
+    """What `derc finetune --against` keeps of the trained assembly and the tuned donor, by the validation images."""
+    names = [name for name in ("stage4", "donor4") if name in items]
+    right = [np.unpackbits(np.frombuffer(bytes.fromhex(items[name]["right"]), np.uint8)) > 0 for name in names]
+    ranks = [(float(items[name]["validation"]), 0.0) for name in names]
+    kept = names[place(ranks, [name == "donor4" for name in names], right)]
+    return {"answer4": items[kept]["heldout"], "answer4_validation": items[kept]["validation"], "answer4_of": kept}
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,11 @@ class Round:
         found: Row = {"seed": self.seed, "budget_ms": budget, **choice.row}
         found["tail_intact"] = self.judge_donor(choice.row.get("tail") or choice.donor)["heldout"]
         costs: dict[str, Row] = {}
-        for name, item in self.items(choice):
+        items = dict(self.items(choice))
+        for name, item in items.items():
             found |= {name: item["heldout"], f"{name}_validation": item["validation"]}
             costs[name] = {"seconds": item["seconds"], "images": item["images"]}
-        return found | {"costs": costs}
+        return found | answered(items) | {"costs": costs}
 
     def donors(self) -> list[Row]:
         """The intact donors than which no faster one is better on the validation images, as they are and tuned."""

@@ -15,6 +15,7 @@ COLUMNS = {
     "stage2": "stage 2",
     "stage3": "stage 3",
     "stage4": "stage 4",
+    "answer4": "kept",
     "random4": "random stitches",
     "paper1": "paper 1",
     "paper2": "paper 2",

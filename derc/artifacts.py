@@ -23,6 +23,7 @@ from derc.analysed import LoweredZoo as LoweredZoo
 from derc.analysed import StitchLosses as StitchLosses
 from derc.analysed import Unit as Unit
 from derc.errors import IntegrityError
+from derc.paired import ahead
 from derc.partitioned import BlockRef as BlockRef
 from derc.partitioned import NearTie as NearTie
 from derc.partitioned import Partition as Partition
@@ -268,8 +269,7 @@ class Scores:
         """
         if self.share is not None:
             return self.value > other.value
-        wins, losses = int((self.correct & ~other.correct).sum()), int((other.correct & ~self.correct).sum())
-        return bool(wins - losses > (wins + losses) ** 0.5)
+        return ahead(self.correct, other.correct)
 
 
 @dataclass(frozen=True)

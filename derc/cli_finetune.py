@@ -18,6 +18,13 @@ WHAT: tuple[Function, ...] = (
     click.option(
         "--teacher", default="none", show_default=True, help="donor (the last block's), none, or a donor's name."
     ),
+    click.option(
+        "--against",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="BUNDLE",
+        help="Train this bundle's network too, and keep the better one; may be given again.",
+    ),
     click.option("--zoo", help="Where the donors are, if the bundle's zoo is not where it was."),
     click.option(
         "--blockwise",
@@ -83,7 +90,7 @@ def finetune(as_json: bool, quiet: bool, **flags: Any) -> None:
     from derc.training.freeze import RATES
 
     names = {"bundle", "data", "output", "freeze", "teacher", "zoo", "threads", "measure_s", "float32", "tensorboard"}
-    names |= {"blockwise", "blockwise_blocks", "blockwise_lr", "blockwise_jobs"}
+    names |= {"against", "blockwise", "blockwise_blocks", "blockwise_lr", "blockwise_jobs"}
     given = {name: value for name, value in flags.items() if name not in names and value is not None}
     given.setdefault("lr", RATES.get(flags["freeze"], TrainOptions.lr))
     asked = Finetune(**{name: flags[name] for name in names}, options=TrainOptions(**given))

@@ -57,7 +57,7 @@ class Finetuned:
     """A trained network, the bundle that it came from, and what is recorded of it.
 
     `heldout` are the accuracies before and after; `labels` the names of the outputs, None where they are not known;
-    `float32` drops the lower precisions of the engine's blocks.
+    `float32` drops the lower precisions of the engine's blocks; `columns` are the outputs that stand for the classes.
     """
 
     parent: Path
@@ -70,6 +70,7 @@ class Finetuned:
     labels: tuple[str, ...] | None
     output: Path
     float32: bool
+    columns: tuple[int, ...] | None = None
 
 
 def result(manifest: dict[str, Any]) -> dict[str, Any]:

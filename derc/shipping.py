@@ -23,7 +23,7 @@ LARGEST_MARGIN = 0.5
 BUSY = 1.1
 """A machine on which the anchor takes this many times its known latency is doing something else besides."""
 PAUSES_S = (5.0, 10.0, 20.0, 20.0, 0.0)
-"""How long a busy machine is waited for after each attempt to measure one network."""
+"""How long a busy or restless machine is waited for after each attempt to measure one network."""
 ATTEMPTS = 6
 """How many networks are built and measured before the compile gives up on the budget."""
 
@@ -107,11 +107,13 @@ def _measured(search: Search, emitted: Emitted, measure_s: float, timings: Timin
         straddles = not latency.stable and budget is not None and latency.low_ms <= budget
         if budget is None or latency.high_ms <= budget or not (slowdown > BUSY or straddles):
             return shipped
-        if slowdown > BUSY:
-            context.console.say(f"{name} now takes {slowdown:.2f} times what the table says: measuring again")
-            time.sleep(pause)
+        why = f"{name} now takes {slowdown:.2f} times what the table says"
+        if slowdown <= BUSY:
+            why = f"{latency.low_ms:.3f} to {latency.high_ms:.3f} ms do not tell whether {budget:g} ms are kept"
+        context.console.say(f"{why}: measuring again")
+        time.sleep(pause)
     raise UnstableError(
-        f"the latency did not settle: {latency.low_ms:.3f} to {latency.high_ms:.3f} ms for a budget of {budget} ms, "
+        f"the latency did not settle: {latency.low_ms:.3f} to {latency.high_ms:.3f} ms for a budget of {budget:g} ms, "
         f"while {name} takes {slowdown:.2f} times its known latency; stop other work on this machine and try again, "
         "or measure the table anew after derc cache gc --all"
     )

@@ -62,6 +62,9 @@ def told(manifest: dict[str, Any]) -> list[str]:
         if best and best.get("recalibrated"):
             beside += f" with batch norms estimated anew ({best['heldout_as_it_came']:.4f} as it came)"
         lines.append(f"accuracy  {accuracy['heldout']:.4f} held-out, {_training_text(manifest)}{beside}")
+    for other in (manifest.get("finetune") or {}).get("against", ()):
+        if not other["kept"]:
+            lines.append(f"against   {other['assembly']} {other['heldout']['after']:.4f} held-out, trained alike")
     head = (manifest.get("head") or {}).get("network")
     if head is not None:
         lines.append(f"head      fitted to {head['images']} images by {head['method']} regression")

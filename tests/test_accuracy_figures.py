@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy_figures import area, figures, gains, paper_wins, retention, shortfall, volume_gain, wins
+from benchmarks.accuracy_rounds import answered
 
 
 def row(seed: int, budget: float, **values: Any) -> dict[str, Any]:
@@ -82,3 +83,16 @@ def test_networks_chosen_on_validation_images_may_lower_the_area() -> None:
 def test_the_volume_gain_is_the_mean_over_seeds() -> None:
     rows = [row(0, 1.0, stage4=0.9, donor4=0.8), row(1, 2.0, stage4=0.7, donor4=0.8)]
     assert volume_gain(rows, rows, ("stage4", "donor4"), (1.0, 4.0)) == pytest.approx(5.0)  # 10 points, and none
+
+
+def test_a_trained_assembly_is_kept_where_it_is_significantly_ahead() -> None:
+    def item(right: list[int]) -> dict[str, Any]:
+        bits = np.packbits(np.array(right, bool)).tobytes().hex()
+        return {"validation": float(np.mean(right)), "heldout": 0.5 + np.mean(right) / 100, "right": bits}
+
+    donor = item([1] * 20 + [0] * 20)
+    one_ahead, far_ahead = item([1] * 19 + [0] + [1] * 2 + [0] * 18), item([1] * 30 + [0] * 10)
+    assert answered({"stage4": one_ahead, "donor4": donor})["answer4_of"] == "donor4"
+    found = answered({"stage4": far_ahead, "donor4": donor})
+    assert found == {"answer4": far_ahead["heldout"], "answer4_validation": 0.75, "answer4_of": "stage4"}
+    assert answered({"donor4": donor})["answer4"] == donor["heldout"]

@@ -15,6 +15,7 @@ import pytest
 from derc.config import TEMPLATE
 from derc.digits import FOLDER
 from derc.store import Store
+from tests.commands import command
 from tests.conftest import small_zoo
 
 
@@ -51,6 +52,14 @@ def test_help_and_import_load_no_heavy_package():
     assert "Exit codes" in run.stdout
 
 
+def test_a_process_of_its_own_says_the_same(tmp_path):
+    """All other tests of what is said run in this process."""
+    for words in (["compile", "--latency-ms", "0", "--json"], ["verify", tmp_path], ["zoo", "show", "--zoo", "digit"]):
+        alone, here = derc(*words, cwd=tmp_path), command(*words, cwd=tmp_path)
+        assert (alone.returncode, alone.stdout, alone.stderr) == (here.returncode, here.stdout, here.stderr)
+        assert here.returncode and here.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
@@ -75,7 +84,7 @@ def test_help_and_import_load_no_heavy_package():
     ],
 )
 def test_a_wrong_request_is_one_sentence(tmp_path, words, code, says):
-    refused(derc("compile", "-o", tmp_path / "o", *words, cwd=tmp_path), code, *says)
+    refused(command("compile", "-o", tmp_path / "o", *words, cwd=tmp_path), code, *says)
     assert not (tmp_path / "o").exists()
 
 
@@ -93,7 +102,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path, content, says):
     zoo.write_text(zoo.read_text().replace(f"{FOLDER / 'convnext'}.safetensors", "mine.pt"))
     if content is not None:
         (tmp_path / "mine.pt").write_bytes(content)
-    run = derc("compile", "--zoo", zoo, "--data", "digits", "-o", tmp_path / "o")
+    run = command("compile", "--zoo", zoo, "--data", "digits", "-o", tmp_path / "o")
     refused(run, 2, "mine.pt", says)
 
 
@@ -101,43 +110,43 @@ def test_output_that_cannot_be_taken_is_refused_before_any_work(tmp_path):
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "mine").touch()
     start = time.perf_counter()
-    refused(derc("compile", "-o", tmp_path / "o"), 2, "not empty")
+    refused(command("compile", "-o", tmp_path / "o"), 2, "not empty")
     assert time.perf_counter() - start < 30
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["mine"]
 
 
 def test_errors_are_json_too(tmp_path):
-    run = derc("compile", "--latency-ms", "0", "--json", "-o", tmp_path / "o")
+    run = command("compile", "--latency-ms", "0", "--json", "-o", tmp_path / "o")
     assert run.returncode == 2
     assert json.loads(run.stdout)["exit_code"] == 2
 
 
 def test_init_writes_what_compile_reads(tmp_path):
-    assert derc("init", cwd=tmp_path).returncode == 0
+    assert command("init", cwd=tmp_path).returncode == 0
     assert (tmp_path / "derc.toml").read_text() == TEMPLATE
-    refused(derc("init", cwd=tmp_path), 2, "exists")
+    refused(command("init", cwd=tmp_path), 2, "exists")
     (tmp_path / "derc.toml").write_text('zooo = "digits"\n')
-    refused(derc("compile", cwd=tmp_path), 2, "zooo", "did you mean")
+    refused(command("compile", cwd=tmp_path), 2, "zooo", "did you mean")
 
 
 def test_flag_over_environment_over_file(tmp_path):
     (tmp_path / "derc.toml").write_text("latency_ms = -3.0\n")
-    refused(derc("compile", cwd=tmp_path), 2, "derc.toml")
-    refused(derc("compile", cwd=tmp_path, DERC_LATENCY_MS="-4"), 2, "DERC_LATENCY_MS")
-    run = derc("compile", "--latency-ms", "-5", cwd=tmp_path, DERC_LATENCY_MS="-4")
+    refused(command("compile", cwd=tmp_path), 2, "derc.toml")
+    refused(command("compile", cwd=tmp_path, DERC_LATENCY_MS="-4"), 2, "DERC_LATENCY_MS")
+    run = command("compile", "--latency-ms", "-5", cwd=tmp_path, DERC_LATENCY_MS="-4")
     refused(run, 2, "--latency-ms", "-5")
 
 
 def test_verify_and_bench_and_wrong_bundles(compiled, tmp_path):
     folder, _, _ = compiled
-    assert derc("verify", folder).returncode == 0
+    assert command("verify", folder).returncode == 0
     copy = shutil.copytree(folder, tmp_path / "copy")
     with (copy / "weights.safetensors").open("r+b") as file:
         file.seek(200)
         file.write(b"\x00\x01")
-    refused(derc("verify", copy), 8, "weights.safetensors")
-    refused(derc("verify", tmp_path), 8, "not a derc bundle")
-    run = derc("bench", folder, "--limit-s", "4", "--json")
+    refused(command("verify", copy), 8, "weights.safetensors")
+    refused(command("verify", tmp_path), 8, "not a derc bundle")
+    run = command("bench", folder, "--limit-s", "4", "--json")
     found = json.loads(run.stdout)
     assert set(found["latency"]) == {"engine", "eager PyTorch", "resnet-slim", "convnext", "vit-patch8"}
     assert found["latency"]["eager PyTorch"]["ratio_to_engine"] > 1
@@ -146,15 +155,15 @@ def test_verify_and_bench_and_wrong_bundles(compiled, tmp_path):
 
 def test_looking_commands(compiled, tmp_path):
     _, _, zoo = compiled
-    shown = json.loads(derc("zoo", "show", "--zoo", zoo, "--json").stdout)
-    refused(derc("partition", "--zoo", zoo), 2, "--data is missing")
+    shown = json.loads(command("zoo", "show", "--zoo", zoo, "--json").stdout)
+    refused(command("partition", "--zoo", zoo), 2, "--data is missing")
     assert set(shown["donors"]) == {"resnet-slim", "convnext", "vit-patch8"}
     assert all(len(d["units"]) == len(d["cuts"]) - 1 for d in shown["donors"].values())
     words = ["--zoo", zoo, "--data", "digits", "--probe", "128"]
-    parts = json.loads(derc("partition", *words, "--json").stdout)
+    parts = json.loads(command("partition", *words, "--json").stdout)
     assert all(len(blocks) == 4 for blocks in parts["blocks"].values())
-    assert "equivalence set 3" in derc("partition", *words).stdout
-    run = derc("profile", *words, "--profile-s", "4", "-o", tmp_path / "table.json")
+    assert "equivalence set 3" in command("partition", *words).stdout
+    run = command("profile", *words, "--profile-s", "4", "-o", tmp_path / "table.json")
     assert run.returncode == 0
     table = json.loads((tmp_path / "table.json").read_text())
     assert sum(entry["kind"] == "block" for entry in table["entries"]) == 12
@@ -164,26 +173,26 @@ def test_looking_commands(compiled, tmp_path):
 def test_cache_commands(tmp_path):
     store = Store(tmp_path / "c")
     store.put_bytes("ab" * 32, b"x" * 100, note="test")
-    assert "1 entries" in derc("cache", "ls", DERC_CACHE=tmp_path / "c").stdout
-    assert derc("cache", "verify", DERC_CACHE=tmp_path / "c").returncode == 0
+    assert "1 entries" in command("cache", "ls", DERC_CACHE=tmp_path / "c").stdout
+    assert command("cache", "verify", DERC_CACHE=tmp_path / "c").returncode == 0
     (blob,) = (tmp_path / "c").rglob("data.bin")
     blob.chmod(0o644)
     blob.write_bytes(b"y" + blob.read_bytes()[1:])
-    refused(derc("cache", "verify", DERC_CACHE=tmp_path / "c"), 8, "damaged")
-    assert "removed 1" in derc("cache", "gc", DERC_CACHE=tmp_path / "c").stdout
-    assert derc("cache", "verify", DERC_CACHE=tmp_path / "c").returncode == 0
+    refused(command("cache", "verify", DERC_CACHE=tmp_path / "c"), 8, "damaged")
+    assert "removed 1" in command("cache", "gc", DERC_CACHE=tmp_path / "c").stdout
+    assert command("cache", "verify", DERC_CACHE=tmp_path / "c").returncode == 0
 
 
 def test_a_damaged_store_entry_is_said_and_made_anew(compiled, tmp_path):
     _, _, zoo = compiled
     words = ["partition", "--zoo", zoo, "--data", "digits", "--probe", "64"]
-    assert derc(*words, DERC_CACHE=tmp_path / "c").returncode == 0
+    assert command(*words, DERC_CACHE=tmp_path / "c").returncode == 0
     for blob in (tmp_path / "c").rglob("*.safetensors"):
         data = bytearray(blob.read_bytes())
         data[-1] ^= 1
         blob.chmod(0o644)
         blob.write_bytes(data)
-    run = derc(*words, DERC_CACHE=tmp_path / "c")
+    run = command(*words, DERC_CACHE=tmp_path / "c")
     assert run.returncode == 0
     assert "damaged" in run.stderr or "not what was" in run.stderr
 
@@ -206,21 +215,22 @@ def test_an_interrupt_in_code_made_from_text_has_the_exit_code_too(tmp_path):
     assert (tmp_path / "done").exists()
 
 
-@pytest.mark.parametrize("after_s", [2.0, 5.0])
-def test_ctrl_c_leaves_nothing_and_the_same_command_goes_on(tmp_path, after_s):
+def test_ctrl_c_leaves_nothing_and_the_same_command_goes_on(tmp_path):
+    """Pressed while it begins, and again while it works."""
     zoo = small_zoo(tmp_path, "resnet-slim", "convnext")
     words = [sys.executable, "-m", "derc", "compile", "--zoo", zoo, "--data", "digits", "--evaluations", "1"]
     words += ["--probe", "64", "--profile-s", "3", "-o", tmp_path / "o"]
     environ = {**os.environ, "DERC_CACHE": str(tmp_path / "c")}
-    process = subprocess.Popen(list(map(str, words)), env=environ, stderr=subprocess.PIPE, text=True)
-    time.sleep(after_s)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "interrupted" in stderr
-    assert "Traceback" not in stderr
-    assert not (tmp_path / "o").exists()
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".o")] == []
+    for after_s in (2.0, 6.0):
+        process = subprocess.Popen(list(map(str, words)), env=environ, stderr=subprocess.PIPE, text=True)
+        time.sleep(after_s)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130, stderr
+        assert "interrupted" in stderr
+        assert "Traceback" not in stderr
+        assert not (tmp_path / "o").exists()
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".o")] == []
     again = subprocess.run(list(map(str, words)), env=environ, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "o" / "manifest.json").exists()

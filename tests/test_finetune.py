@@ -34,6 +34,7 @@ from derc.errors import (
 from derc.finetuning import Finetune, finetune_bundle
 from derc.images import resize
 from derc.training import TrainOptions
+from tests.commands import command
 from tests.conftest import small_zoo
 from tests.test_completing import ABSENT, HERE
 
@@ -221,28 +222,10 @@ def test_what_makes_no_sense_is_one_sentence_and_leaves_nothing(parent, tmp_path
     ]
     for folder, words, code, message in cases:
         output = [] if "-o" in words else ["-o", str(tmp_path / "new")]
-        from derc.cli import main
-
-        done = run(main, ["finetune", folder, *words, *output])
-        assert (done[0], message in done[1]) == (code, True), done
-        assert done[1].count("\n") == 1 + done[1].count("training on"), done[1]
+        done = command("finetune", folder, *words, *output)
+        assert (done.returncode, message in done.stderr) == (code, True), done
+        assert done.stderr.count("\n") == 1 + done.stderr.count("choosing by"), done
         assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "full"]
-
-
-def run(main, words):
-    """Exit code and standard error of the command line, in this process."""
-    import contextlib
-    import io
-
-    said, before = io.StringIO(), sys.argv
-    sys.argv = ["derc", *words]
-    try:
-        with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as stop:
-            main()
-    finally:
-        sys.argv = before
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    return stop.value.code, said.getvalue()
 
 
 def resealed(folder: Path, copy: Path, change) -> Path:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from derc.artifacts import Array
 from derc.mode import in_eval
 from derc.training.examples import Examples, in_order
 from derc.training.outcome import Scored
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, images: Examples, columns: tuple[int, ...] | None = None, batch: int = 64) -> float:
-    """The share of right answers, in eval mode; each part's own mode is restored."""
+def correct(network: nn.Module, images: Examples, columns: tuple[int, ...] | None = None, batch: int = 64) -> Array:
+    """Which images are answered right, (n,) of bool, in eval mode; each part's own mode is restored."""
     every = _picked(network, images, columns, batch)
-    return sum(int((outputs.argmax(1) == labels).sum()) for outputs, labels in every) / len(images)
+    return np.concatenate([(outputs.argmax(1) == labels).numpy() for outputs, labels in every])
+
+
+def accuracy(network: nn.Module, images: Examples, columns: tuple[int, ...] | None = None, batch: int = 64) -> float:
+    """The share of right answers, likewise."""
+    return float(correct(network, images, columns, batch).mean())
 
 
 @torch.no_grad()
