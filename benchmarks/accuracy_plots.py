@@ -16,7 +16,6 @@ COLOURS = {
     "stage2": "#5fbf9f",
     "stage3": "#2e9571",
     "stage4": "#0b5138",
-    "answer4": "#111111",
     "donor1": "#c9a227",
     "donor4": "#b4541a",
     "distilled": "#7a4a8c",
@@ -24,7 +23,7 @@ COLOURS = {
     "paper4": "#c0392b",
     "scratch": "#8a8a8a",
 }
-TRAINED = ("answer4", "stage4", "donor4", "distilled", "random4", "paper4", "scratch")
+TRAINED = ("stage4", "donor4", "distilled", "random4", "paper4", "scratch")
 UNTRAINED = ("stage1", "stage2", "stage3", "stage4", "donor1", "donor4")
 
 
