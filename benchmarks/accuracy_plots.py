@@ -57,7 +57,8 @@ def plot(rows: Sequence[Row], names: Sequence[str], ends: tuple[float, float], t
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 16}" text-anchor="middle">{budget:.2g}</text>')
     for number, (name, found) in enumerate(series.items()):
         parts += curve(found, at, COLOURS[name])
-        parts.append(f'<text x="{WIDTH - 120}" y="{MARGIN + 16 * number}" fill="{COLOURS[name]}">{COLUMNS[name]}</text>')
+        x, y = WIDTH - 120, MARGIN + 16 * number
+        parts.append(f'<text x="{x}" y="{y}" fill="{COLOURS[name]}">{COLUMNS[name]}</text>')
     parts.append(f'<text x="{WIDTH // 2}" y="{HEIGHT - 12}" text-anchor="middle">latency budget in ms (log)</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '

@@ -66,12 +66,12 @@ class Finetune:
 
     def every(self) -> tuple[Finetune, ...]:
         """This one and what it is held against, each as a fine-tuning of its own."""
-        mine = replace(self, against=())
-        if self.tensorboard is None:
-            return (mine, *(replace(mine, bundle=other) for other in self.against))
-        places = (self.tensorboard / f"against{number + 1}" for number in range(len(self.against)))
-        others = zip(self.against, places, strict=True)
-        return (mine, *(replace(mine, bundle=other, tensorboard=place) for other, place in others))
+        mine, events = replace(self, against=()), self.tensorboard
+        others = [
+            replace(mine, bundle=other, tensorboard=events and events / f"against{number}")
+            for number, other in enumerate(self.against, 1)
+        ]
+        return (mine, *others)
 
     def check(self) -> None:
         """Raise UsageError, naming the option, where a value makes no sense."""
