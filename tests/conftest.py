@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a thread each: torch reads this when it is imported
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import derc
 from derc.digits import FOLDER
@@ -38,11 +40,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id) -> Path:
+    """A folder that all workers of this run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _own_store(tmp_path_factory):
+def _own_store(shared):
     """Tests never touch the user's store."""
     before = os.environ.get("DERC_CACHE")
-    os.environ["DERC_CACHE"] = str(tmp_path_factory.mktemp("store"))
+    os.environ["DERC_CACHE"] = str(shared / "store")
     yield
     if before is None:
         del os.environ["DERC_CACHE"]
@@ -51,11 +60,14 @@ def _own_store(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """(bundle, result, zoo file) of a compile of three donors under a generous latency budget."""
-    folder = tmp_path_factory.mktemp("compiled")
-    zoo = small_zoo(folder, *KEPT)
-    result = derc.compile(
-        str(zoo), "digits", latency_ms=50.0, out=folder / "out", evaluations=6, probe=128, profile_s=4
-    )
-    return folder / "out", result, zoo
+def compiled(shared):
+    """(bundle, result, zoo file) of a compile of three donors under a generous latency budget; one for all workers."""
+    folder = shared / "compiled"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "result.json").exists():
+            folder.mkdir(exist_ok=True)
+            options = {"evaluations": 6, "probe": 128, "profile_s": 4}
+            zoo = small_zoo(folder, *KEPT)
+            result = derc.compile(str(zoo), "digits", latency_ms=50.0, out=folder / "out", **options)
+            (folder / "result.json").write_text(json.dumps(result))
+    return folder / "out", json.loads((folder / "result.json").read_text()), folder / "zoo.toml"

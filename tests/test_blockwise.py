@@ -24,8 +24,9 @@ from derc.finetuning import Finetune, finetune_bundle
 from derc.images import resize
 from derc.training import TrainOptions
 from derc.zoo import Zoo
+from tests.commands import command
 from tests.conftest import small_zoo
-from tests.test_finetune import moved, resealed, right, run
+from tests.test_finetune import moved, resealed, right
 
 RECIPE = """
 zoo = "zoo.toml"
@@ -190,14 +191,10 @@ def test_what_makes_no_sense_is_one_sentence_and_leaves_nothing(parent, tmp_path
         (parent, ["--blockwise", "1", "--blockwise-lr", "1e30"], "lower --blockwise-lr, for instance to 1e+29"),
         (parent, ["--epochs", "0"], "--epochs is 0, and must be at least 1"),
     ]
-    from derc.cli import main
-
     for folder, words, message in cases:
-        code, text = run(
-            main, ["finetune", str(folder), "--data", "digits", "--threads", "1", *words, "-o", str(tmp_path / "new")]
-        )
-        assert (code, message in text) == (2, True), text
-        assert "Traceback" not in text and sorted(path.name for path in tmp_path.iterdir()) == [
+        done = command("finetune", folder, "--data", "digits", "--threads", "1", *words, "-o", tmp_path / "new")
+        assert (done.returncode, message in done.stderr) == (2, True), done
+        assert "Traceback" not in done.stderr and sorted(path.name for path in tmp_path.iterdir()) == [
             "gone",
             "other",
             "whole",

@@ -162,7 +162,7 @@ def forget(root: Path, *notes: str) -> None:
 
 def test_a_compile_that_is_killed_resumes_and_ships_the_same(tmp_path):
     """Killed in its search, then, when it has gone on, while it matches networks."""
-    zoo, store = small_zoo(tmp_path, "resnet-slim", "vit-patch8", "convnext"), tmp_path / "store"
+    zoo, store = small_zoo(tmp_path, "resnet-slim", "vit-patch8"), tmp_path / "store"
     finish(compiling(zoo, store, tmp_path / "whole"))
     matched = noted(store, "match")
     assert len(matched) > 1

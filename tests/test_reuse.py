@@ -73,7 +73,7 @@ def test_a_second_zoo_measures_only_what_is_new(context, monkeypatch):
     cuts = CutZoo({name: context.lowered[name].donor for name in FAMILIES})
     first = Partition({"resnet": thirds("resnet", len(cuts.donors["resnet"].units))}, 0.0, None, {})
     both = Partition({name: thirds(name, len(cuts.donors[name].units)) for name in FAMILIES}, 0.0, None, {})
-    profile = Profile(max_stitches=4, networks=0, limit_s=30.0, precision=0.2)
+    profile = Profile(max_stitches=4, networks=0, limit_s=8.0, precision=0.2)
     monkeypatch.setattr(reuse, "KEPT", 1.0)
     before = profile.run(context, replace(cuts, donors={"resnet": cuts.donors["resnet"]}), first)
     monkeypatch.setattr(reuse, "APART", 10.0)
