@@ -109,7 +109,7 @@ def test_a_second_budget_reuses_everything_but_the_search(compiled, tmp_path):
     ms = bundle.read(folder)["donors"]
     budget = 1.3 * min(ms[name]["latency"]["ms"] for name in slow)
     result = derc.compile(
-        str(zoo), "digits", latency_ms=budget, out=tmp_path / "o", evaluations=4, probe=128, profile_s=4
+        str(zoo), "digits", latency_ms=budget, out=tmp_path / "o", evaluations=4, probe=128, profile_s=4, threads=1
     )
     reused = bundle.read(tmp_path / "o")["reused"]
     assert {"lower", "cut", "embed", "partition", "profile"} <= set(reused)
@@ -120,7 +120,7 @@ def test_a_second_budget_reuses_everything_but_the_search(compiled, tmp_path):
 
 def test_a_zoo_of_one_donor_compiles_to_itself(tmp_path):
     zoo = small_zoo(tmp_path, "convnext")
-    result = derc.compile(str(zoo), "digits", out=tmp_path / "o", probe=64, profile_s=4)
+    result = derc.compile(str(zoo), "digits", out=tmp_path / "o", probe=64, profile_s=4, threads=1)
     assert result["selected"]["intact"]
     assert {b["donor"] for b in result["selected"]["blocks"]} == {"convnext"}
     assert result["accuracy"]["random_stitch_heldout"] is None
@@ -130,7 +130,15 @@ def test_a_zoo_of_one_donor_compiles_to_itself(tmp_path):
 def test_budgets_of_size_bind(compiled, tmp_path):
     _, _, zoo = compiled
     result = derc.compile(
-        str(zoo), "digits", params_m=0.12, macs_g=0.003, out=tmp_path / "o", evaluations=3, probe=128, profile_s=4
+        str(zoo),
+        "digits",
+        params_m=0.12,
+        macs_g=0.003,
+        out=tmp_path / "o",
+        evaluations=3,
+        probe=128,
+        profile_s=4,
+        threads=1,
     )
     assert result["selected"]["params"] <= 120_000
     assert result["selected"]["macs"] <= 3_000_000
@@ -141,7 +149,7 @@ def test_images_without_labels_compile_by_agreement(compiled, tmp_path):
     images = np.concatenate([split.images for split in (Data.load("digits").probe, Data.load("digits").validation)])
     np.savez(tmp_path / "x.npz", x=images)
     result = derc.compile(
-        str(zoo), f"npz:{tmp_path / 'x.npz'}", out=tmp_path / "o", evaluations=2, probe=128, profile_s=4
+        str(zoo), f"npz:{tmp_path / 'x.npz'}", out=tmp_path / "o", evaluations=2, probe=128, profile_s=4, threads=1
     )
     accuracy = result["accuracy"]
     assert accuracy["heldout"] is accuracy["validation"] is accuracy["random_stitch_heldout"] is None
@@ -151,7 +159,7 @@ def test_images_without_labels_compile_by_agreement(compiled, tmp_path):
 def test_an_impossible_budget_names_the_fastest_and_writes_nothing(compiled, tmp_path):
     _, _, zoo = compiled
     with pytest.raises(InfeasibleError, match=r"fastest that is achievable is 0\.\d+ ms"):
-        derc.compile(str(zoo), "digits", latency_ms=1e-4, out=tmp_path / "o", probe=128, profile_s=4)
+        derc.compile(str(zoo), "digits", latency_ms=1e-4, out=tmp_path / "o", probe=128, profile_s=4, threads=1)
     assert not (tmp_path / "o").exists()
 
 

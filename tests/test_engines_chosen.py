@@ -12,7 +12,7 @@ from derc.bench import load_engine
 from derc.errors import IntegrityError, MissingDependencyError, UsageError
 from tests.conftest import KEPT, small_zoo
 
-QUICK = {"evaluations": 2, "probe": 64, "profile_s": 2, "latency_ms": 50.0}
+QUICK = {"evaluations": 2, "probe": 64, "profile_s": 2, "threads": 1, "latency_ms": 50.0}
 
 
 @pytest.fixture(scope="module")

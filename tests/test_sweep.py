@@ -26,7 +26,7 @@ from derc.sweep import hypervolume
 from derc.workspace import NEGLIGIBLE, LiveDonors
 from derc.zoo import Zoo
 
-FLAGS = ("--data", "digits", "--evaluations", "6", "--probe", "128", "--profile-s", "4", "-q")
+FLAGS = ("--data", "digits", "--evaluations", "6", "--probe", "128", "--profile-s", "4", "--threads", "1", "-q")
 
 
 def run(*words):
