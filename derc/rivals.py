@@ -10,7 +10,7 @@ from typing import Any
 from derc.artifacts import Array
 from derc.errors import UsageError
 from derc.finetuned import Finetuned
-from derc.paired import ahead
+from derc.paired import ahead, chosen
 from derc.training.score import correct
 
 SIZES = {
@@ -73,23 +73,18 @@ def answer(networks: Sequence[Finetuned], say: Callable[[str], None]) -> Finetun
     if len(networks) == 1:
         return networks[0]
     right = [correct(one.trained.network, one.data.validation, one.columns) for one in networks]
-    chosen = place([one.trained.after.rank for one in networks], [_whole(one) for one in networks], right)
+    best = place([one.trained.after.rank for one in networks], [_whole(one) for one in networks], right)
     for number, one in enumerate(networks):
         say(f"{_name(one)}: {int(right[number].sum())} of {len(right[number])} validation images right")
-    say(f"{_name(networks[chosen])} is the answer")
-    found = networks[chosen]
+    say(f"{_name(networks[best])} is the answer")
+    found = networks[best]
     record = {**found.record, "against": [_told(one, one is found) for one in networks]}
     return replace(found, manifest={**found.manifest, "budget": networks[0].manifest.get("budget")}, record=record)
 
 
 def place(ranks: Sequence[tuple[float, float]], donors: Sequence[bool], right: Sequence[Array]) -> int:
     """The place of the answer among networks, of which some are `donors`, by `ranks` and the images answered right."""
-    order = sorted(range(len(ranks)), key=lambda number: ranks[number], reverse=True)
-    best = next((number for number in order if donors[number]), None)
-    for number in order:
-        if best is None or number == best or (not donors[number] and ahead(right[number], right[best])):
-            return number
-    raise AssertionError("the best donor is in the order")
+    return chosen(ranks, donors, lambda one, other: ahead(right[one], right[other]))
 
 
 def _whole(one: Finetuned) -> bool:

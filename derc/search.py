@@ -26,6 +26,7 @@ from derc.artifacts import (
 from derc.deployed import differs
 from derc.errors import DercError, InfeasibleError, MissingDependencyError
 from derc.evaluations import DONOR, PRIOR, Entry, Line, kept_seconds
+from derc.paired import chosen
 from derc.parts import few, parts
 from derc.passes.head import RefitHead
 from derc.passes.recalibrate import Recalibrate
@@ -288,13 +289,15 @@ def best_of(searches: Sequence[Search]) -> tuple[Search, Judged] | None:
     An assembly replaces the best intact donor only if it answers significantly more images right: in a paired
     comparison its wins exceed its losses by one standard deviation of their difference.
     """
-    donors = [(search, one) for search in searches if (one := search.best_intact()) is not None]
-    donor = max(donors, key=lambda found: _rank(found[1]), default=None)
-    others = [(search, one) for search in searches for one in search.fitting(intact=False)]
-    for search, one in sorted(others, key=lambda found: _rank(found[1]), reverse=True):
-        if donor is None or one.scores.beats(donor[1].scores):
-            return search, one
-    return donor
+    found = [(search, one) for search in searches for intact in (True, False) for one in search.fitting(intact=intact)]
+    if not found:
+        return None
+    judged = [one for _, one in found]
+
+    def beats(one: int, other: int) -> bool:
+        return judged[one].scores.beats(judged[other].scores)
+
+    return found[chosen([_rank(one) for one in judged], [one.assembly.intact for one in judged], beats)]
 
 
 def _rank(one: Judged) -> tuple[float, float]:

@@ -107,10 +107,9 @@ def _measured(search: Search, emitted: Emitted, measure_s: float, timings: Timin
         straddles = not latency.stable and budget is not None and latency.low_ms <= budget
         if budget is None or latency.high_ms <= budget or not (slowdown > BUSY or straddles):
             return shipped
-        why = f"{name} now takes {slowdown:.2f} times what the table says"
-        if slowdown <= BUSY:
-            why = f"{latency.low_ms:.3f} to {latency.high_ms:.3f} ms do not tell whether {budget:g} ms are kept"
-        context.console.say(f"{why}: measuring again")
+        vague = f"{latency.low_ms:.3f} to {latency.high_ms:.3f} ms do not tell whether {budget:g} ms are kept"
+        busy = f"{name} now takes {slowdown:.2f} times what the table says"
+        context.console.say(f"{busy if slowdown > BUSY else vague}: measuring again")
         time.sleep(pause)
     raise UnstableError(
         f"the latency did not settle: {latency.low_ms:.3f} to {latency.high_ms:.3f} ms for a budget of {budget:g} ms, "
